@@ -1,0 +1,285 @@
+"""Measure the Metal kernels against MLX's operations, or, without Metal, count what they do.
+
+    python -m ksa_mlx.benchmark --kernels --shape 4b --dtype bfloat16 --contexts 16384 131072
+
+On a Mac: times, in turns and on the same caches, with GB/s beside a measured copy. Elsewhere, in
+a clone of the project with clang, the kernels run in the instrument (tests/metal_cpu): no times,
+but exact counts.
+"""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Sequence
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.base import quantized_scaled_dot_product_attention
+from tqdm import tqdm
+
+from . import attention, kernels
+from .benchmark import in_turns, ratio, spread, table
+from .model import ModelArgs
+
+# Decode goes through caches of so many layers, so that they are read from memory.
+LAYERS = 8
+ROWS = 2048  # new rows of a prefill
+COUNTED_ROWS = 64  # the same, where each thread is executed on a CPU
+COPY_BYTES = 1 << 28
+ERROR = "Error: the largest\ndifference from attention in float32, as a share of the largest value."
+GROUP = 64  # numbers that share a scale and a bias in quantised caches
+
+Attend = Callable[[mx.array], mx.array]
+
+
+@dataclass
+class Case:
+    """A kernel and MLX's operations on the same caches.
+
+    queries (1, heads, L, head_dim); kernel, ops: attention of one layer each; exact: of the last
+    layer in float32, from what its cache stands for. visible: bytes of keys and values that a
+    layer's threadgroups need, each once a threadgroup. pairs: query-key pairs.
+    """
+
+    name: str
+    context: int
+    queries: mx.array
+    kernel: List[Attend]
+    ops: List[Attend]
+    exact: Attend
+    visible: int
+    pairs: int
+
+
+def windowed(args: ModelArgs):
+    """Chunk, summaries a chunk and window of a windowed layer."""
+    window = min(w for w in args.windows if w is not None)
+    return args.summary_chunk_size, args.summary_token_num, window
+
+
+def random(heads: int, rows: int, args: ModelArgs, dtype: mx.Dtype) -> mx.array:
+    return mx.random.normal((1, heads, rows, args.head_dim), dtype)
+
+
+def decode(args: ModelArgs, n: int, dtype: mx.Dtype, bits: int, layers: int) -> Case:
+    """One query after n tokens, on caches that are plain (16 bits or more) or quantised."""
+    chunk, s, window = windowed(args)
+    heads, kv_heads, dim = args.num_attention_heads, args.num_key_value_heads, args.head_dim
+    seen = n - max(0, (n - 1) // chunk - window) * (chunk - s)
+    start, stop, row = 32, 32 + seen, dim * dtype.size
+    if bits < 16:
+        row = dim * bits // 8 + dim // GROUP * 2 * dtype.size
+    sdpa = partial(mx.fast.scaled_dot_product_attention, scale=dim**-0.5)
+    kernel, ops = [], []
+    for _ in range(layers):
+        cache = [random(kv_heads, stop + 32, args, dtype) for _ in range(2)]
+        if bits < 16:
+            cache = [mx.quantize(x, GROUP, bits) for x in cache]
+            k, v = ([y[:, :, start:stop] for y in x] for x in cache)
+            attend = partial(quantized_scaled_dot_product_attention, scale=dim**-0.5, mask=None)
+            ops.append(partial(attend, q_keys=k, q_values=v, group_size=GROUP, bits=bits))
+        else:
+            k, v = (x[:, :, start:stop] for x in cache)
+            ops.append(partial(sdpa, k=k, v=v))
+        mx.eval(cache)
+        keys, values = cache
+        kernel.append(
+            partial(kernels.decode_last, keys=keys, values=values, start=start, stop=stop)
+        )
+    if bits < 16:
+        floats = ([x[0], *(y.astype(mx.float32) for y in x[1:])] for x in cache)
+        cache = [mx.dequantize(*x, GROUP, bits) for x in floats]
+    k, v = (x[:, :, start:stop].astype(mx.float32) for x in cache)
+    return Case(
+        "decode" if bits >= 16 else f"decode, {bits} bit",
+        n,
+        random(heads, 1, args, dtype),
+        kernel,
+        ops,
+        partial(sdpa, k=k, v=v),
+        2 * kv_heads * seen * row,
+        heads * seen,
+    )
+
+
+def prefill(args: ModelArgs, n: int, dtype: mx.Dtype, rows: int) -> Case:
+    """The last `rows` of n tokens, in one windowed layer."""
+    k, s, window = windowed(args)
+    heads, kv_heads, dim = args.num_attention_heads, args.num_key_value_heads, args.head_dim
+    rows = min(rows, n)
+    offset, chunks = n - rows, max(0, (n - 1) // k - window)
+    start, left = max(0, offset // k - window) * k, chunks * s
+    step = attention.Step.plan(args, offset, rows, chunks)
+    text = [random(kv_heads, n - start, args, dtype) for _ in range(2)]
+    held = [random(kv_heads, left + 32, args, dtype) for _ in range(2)]
+    visible = [x[:, :, :left] for x in held]
+    exact = [x.astype(mx.float32) for x in (*text, *visible)]
+    where = kernels.layout([rows], [offset], [start], [left], k, s, window)
+    mx.eval(text, held, where)
+
+    def seen(first, last):
+        """Keys that some of the rows first .. last see."""
+        return max(0, last // k - window) * s + last + 1 - max(0, first // k - window) * k
+
+    tiles = ((a, min(a + 32, n) - 1) for a in range(offset, n, 32))
+    return Case(
+        f"prefill of {rows}",
+        n,
+        random(heads, rows, args, dtype),
+        [lambda q: kernels.prefill(q, *text, *held, where)],
+        [lambda q: attention._blocks(q, *text, start, visible, step, window)],
+        lambda q: attention._blocks(q, *exact[:2], start, exact[2:], step, window),
+        2 * heads * dim * dtype.size * sum(seen(a, b) for a, b in tiles),
+        heads * sum(seen(p, p) for p in range(offset, n)),
+    )
+
+
+def cases(
+    args: ModelArgs, contexts: Sequence[int], dtype: mx.Dtype, layers: int, rows: int
+) -> Iterator[Case]:
+    """All kernels at each context; prefill where text has left the window, as before it is MLX's."""
+    k, _, window = windowed(args)
+    for n in contexts:
+        for bits in (16, 8, 4):
+            yield decode(args, n, dtype, bits, layers)
+        if n > (window + 1) * k:
+            yield prefill(args, n, dtype, rows)
+
+
+def chain(layers: List[Attend], x: mx.array) -> mx.array:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def error(case: Case) -> float:
+    """The kernel's largest difference from attention in float32, as a share of the largest value."""
+    got = case.kernel[-1](case.queries).astype(mx.float32)
+    expected = case.exact(case.queries.astype(mx.float32))
+    return (mx.abs(got - expected).max() / mx.abs(expected).max()).item()
+
+
+def measure(case: Case, steps: int, turns: int) -> Dict[str, Any]:
+    """Seconds of a layer by the kernel, by MLX's operations, and of a copy, in turns."""
+    block = mx.ones(COPY_BYTES // 4)
+    runs = {
+        "kernel": lambda: mx.eval(chain(case.kernel, case.queries)),
+        "ops": lambda: mx.eval(chain(case.ops, case.queries)),
+        "copy": lambda: mx.eval(-block),
+    }
+    seconds = in_turns(runs, steps if case.queries.shape[2] == 1 else turns)
+    layer, ops = (float(np.median(seconds[r])) / len(case.kernel) for r in ("kernel", "ops"))
+    return dict(
+        kernel=case.name,
+        context=case.context,
+        error=error(case),
+        kernel_ms=layer * 1e3,
+        ops_ms=ops * 1e3,
+        faster=ratio(seconds["ops"], seconds["kernel"]),
+        gb_s=case.visible / layer / 1e9,
+        copy_gb_s=2 * block.nbytes / float(np.median(seconds["copy"])) / 1e9,
+        gflops=4 * case.pairs * case.queries.shape[-1] / layer / 1e9,
+    )
+
+
+def count(case: Case, log) -> Dict[str, Any]:
+    """What the launches of one layer's attention do, as the instrument saw it."""
+    log.clear()
+    mx.eval(case.kernel[0](case.queries))
+    launches = list(log.launches)
+    loaded = {
+        f"{launch.kernel} {name}": traffic.loaded_bytes
+        for launch in launches
+        for name, traffic in launch.buffers.items()
+        if traffic.loaded_bytes
+    }
+
+    def total(what):
+        return sum(getattr(launch, what) for launch in launches)
+
+    def of_cache(*ends):
+        names = (name.split()[1] for name in loaded)
+        return sum(b for name, b in zip(names, loaded.values()) if name.endswith(ends))
+
+    return dict(
+        kernel=case.name,
+        context=case.context,
+        error=error(case),
+        visible=case.visible,
+        keys=of_cache("keys"),
+        values=of_cache("values"),
+        affine=of_cache("scales", "biases"),
+        loaded_by_buffer=loaded,
+        launches=len(launches),
+        threadgroups=total("threadgroups"),
+        barriers=total("threadgroup_barriers"),
+        matrix_loads=total("matrix_loads"),
+        matrix_multiplies=total("matrix_multiplies"),
+        threadgroup_bytes=max(launch.threadgroup_bytes for launch in launches),
+    )
+
+
+def times_report(rows: List[Dict[str, Any]]) -> str:
+    head = ["kernel", "context", "kernel ms", "MLX ms", "faster", "kernel GB/s", "copy GB/s"]
+    lines = [
+        [r["kernel"], str(r["context"]), f"{r['kernel_ms']:.3f}", f"{r['ops_ms']:.3f}"]
+        + [spread(r["faster"]), f"{r['gb_s']:.1f}", f"{r['copy_gb_s']:.1f}"]
+        + [f"{r['gflops']:.0f}", f"{r['error']:.1e}"]
+        for r in rows
+    ]
+    return (
+        "Medians, one layer; faster: ratio of MLX's operations to the kernel, turn by turn (quartiles)\n\n"
+        + table([*head, "kernel GFLOP/s", "error"], lines)
+        + "\nGB/s: keys and values that the queries see, once a KV head in decode, once for 32 rows of a head\n"
+        "in prefill (whose threadgroups may find them in a cache). A copy reads and writes. "
+        + ERROR
+    )
+
+
+def counts_report(rows: List[Dict[str, Any]]) -> str:
+    head = ["kernel", "context", "visible bytes", "keys loaded", "values", "scales, biases"]
+    head += ["loaded / visible", "launches", "threadgroups", "barriers", "matrix loads"]
+    head += ["matrix products", "threadgroup memory", "error"]
+    names = ["launches", "threadgroups", "barriers", "matrix_loads", "matrix_multiplies"]
+    lines = [
+        [r["kernel"], str(r["context"])]
+        + [str(r[x]) for x in ("visible", "keys", "values", "affine")]
+        + [f"{(r['keys'] + r['values'] + r['affine']) / r['visible']:.3f}"]
+        + [str(r[x]) for x in (*names, "threadgroup_bytes")]
+        + [f"{r['error']:.1e}"]
+        for r in rows
+    ]
+    return (
+        "Exact counts of one layer's attention, executed on the CPU: no times\n\n"
+        + table(head, lines)
+        + "\nVisible: keys and values that the queries see, once a KV head in decode, once for 32 rows of a\n"
+        "head in prefill. Barriers: passed by whole threadgroups. " + ERROR
+    )
+
+
+def instrument():
+    """tests/metal_cpu of the clone that this file lies in. SystemExit if it is not there or cannot run."""
+    root = Path(__file__).resolve().parents[1]
+    needs = "kernels: no Metal device here; needed is a Mac, or a clone of the project with clang"
+    if not (root / "tests" / "metal_cpu" / "__init__.py").is_file():
+        raise SystemExit(f"{needs}: {root / 'tests' / 'metal_cpu'} not found")
+    sys.path.insert(0, str(root))
+    # Not a dependency of the package, but a part of the clone.
+    metal_cpu = importlib.import_module("tests.metal_cpu")
+    if not metal_cpu.available():
+        raise SystemExit(f"{needs}: {metal_cpu.unavailable()}")
+    return metal_cpu
+
+
+def run(args: ModelArgs, contexts: Sequence[int], dtype: mx.Dtype, steps: int, turns: int):
+    """Measure or count all kernels at these contexts. Returns (table as text, its rows)."""
+    if mx.metal.is_available() and mx.default_device() == mx.gpu:
+        some = cases(args, contexts, dtype, LAYERS, ROWS)
+        rows = [measure(case, steps, turns) for case in tqdm(some, disable=None)]
+        return times_report(rows), rows
+    with instrument().running(reload=[kernels]) as log:
+        some = cases(args, contexts, dtype, 1, COUNTED_ROWS)
+        rows = [count(case, log) for case in tqdm(some, disable=None)]
+    return counts_report(rows), rows

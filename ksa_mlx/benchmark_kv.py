@@ -1,0 +1,60 @@
+"""What quantised KV saves and costs in decode: `python -m ksa_mlx.benchmark --kv-bits 8 4`."""
+
+from typing import Any, Dict, List
+
+import mlx.core as mx
+import numpy as np
+
+from .benchmark import filled, in_turns, ratio, size, spread, table
+from .cache import make_cache
+
+
+def run(ksa, n: int, steps: int, dtype: mx.Dtype, widths: List[int]) -> Dict[str, Any]:
+    """Decode steps after n tokens, on plain and on quantised caches: bytes held, peak, time.
+
+    A width is that of all keys and values; "4, text 8" is 4 bits but for the windows' text.
+    """
+    ways = {"plain": None, **{str(bits): (bits, None) for bits in widths}}
+    if 4 in widths:
+        ways["4, text 8"] = 4, 8
+    token, held, peak = mx.array([[7]]), {}, {}
+
+    def caches(bits=None, text_bits=None):
+        made = [filled(c, ksa.args, n, dtype) for c in make_cache(ksa, text_bits=text_bits)]
+        if bits:
+            # One after the other, so that two forms of a cache are never held at once.
+            for i, c in enumerate(made):
+                made[i] = c.to_quantized(64, bits)
+                mx.eval(made[i].state)
+        return made
+
+    for name, way in ways.items():
+        cache = caches(*(way or ()))
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        for _ in range(10):
+            mx.eval(ksa(token, cache=cache))
+        held[name], peak[name] = sum(c.nbytes for c in cache), mx.get_peak_memory()
+        del cache
+
+    alive = {name: caches(*(way or ())) for name, way in ways.items()}
+    steps_of = {name: lambda c=cache: mx.eval(ksa(token, cache=c)) for name, cache in alive.items()}
+    seconds = in_turns(steps_of, steps)
+    return dict(
+        context=n,
+        kv_bytes=held,
+        peak_bytes=peak,
+        median_ms={k: float(np.median(s)) * 1e3 for k, s in seconds.items()},
+        speedup={k: ratio(seconds["plain"], s) for k, s in seconds.items()},
+    )
+
+
+def report(results: List[Dict[str, Any]]) -> str:
+    rows = [
+        [str(r["context"]), name, size(r["kv_bytes"][name]), size(r["peak_bytes"][name])]
+        + [f"{r['median_ms'][name]:.2f}", spread(r["speedup"][name])]
+        for r in results
+        for name in r["kv_bytes"]
+    ]
+    head = ["context", "bits", "KV", "peak memory", "ms a token", "faster than plain"]
+    return "Decode on quantised caches; the peak includes the weights\n\n" + table(head, rows)

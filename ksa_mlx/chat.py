@@ -1,0 +1,166 @@
+"""The chat in a terminal: lines are turns, a line that begins with / is a command."""
+
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Dict, Iterator, Optional
+
+from .checkpoint import line
+from .saved import SessionError, cache_file
+from .session import Session
+from .sources import Trace
+from .sources_view import print_references, write_page
+
+try:
+    import readline  # noqa: F401  (history and editing for input())
+except ImportError:  # a Python built without it
+    pass
+
+HELP = """\
+  /reset      begin again: the system prompt and an empty cache
+  /save FILE  save the conversation and its cache
+  /load FILE  go on with a saved one
+  /references show, or no longer show, what the answers were drawn from
+  /stats      speed of the last answer, memory, size of the KV cache
+  /help       this list
+  /quit       leave (also Ctrl-D)
+Ctrl-C stops an answer; the chat goes on. A second Ctrl-C does not wait for the current step.
+A line that begins with a space is never a command."""
+
+
+@contextmanager
+def ctrl_c_stops(session: Session) -> Iterator[None]:
+    """Ctrl-C asks the session to stop between two steps; a second one raises KeyboardInterrupt."""
+
+    def handler(signum, frame):
+        if session.stop:
+            raise KeyboardInterrupt
+        session.stop = True
+
+    session.stop = False
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def chat(session: Session):
+    """Read turns and commands from standard input until it ends."""
+    sources = session.on_sources or show_references(session.tokenizer)
+    commands: Dict[str, Callable[[Session, Optional[Path]], None]] = {
+        "/reset": _reset,
+        "/save": _save,
+        "/load": _load,
+        "/references": lambda session, _: _references(session, sources),
+        "/stats": lambda session, _: print("\n".join(session.report())),
+        "/help": lambda session, _: print(HELP),
+    }
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit leaves)")
+            continue
+        if not text.strip():
+            continue
+        try:
+            if not text.startswith("/"):
+                turn(session, text)
+                continue
+            command, _, file = text.strip().partition(" ")
+            if command == "/quit":
+                return
+            if command not in commands:
+                raise SessionError(f"{command}: no such command; /help lists them")
+            takes_file = command in ("/save", "/load")
+            if takes_file != bool(file.strip()):
+                raise SessionError(f"{command}: expected {'a' if takes_file else 'no'} file name")
+            commands[command](session, Path(file.strip()).expanduser() if takes_file else None)
+        except SessionError as e:
+            print(f"error: {e}", file=sys.stderr)
+        except (OSError, RuntimeError, ValueError) as e:  # a bad file name, say: the chat goes on
+            print(f"error: {line(e)}", file=sys.stderr)
+
+
+def turn(session: Session, text: str, about: bool = True) -> bool:
+    """Print an answer as it comes, and a line `about` it. Returns False if Ctrl-C stopped it."""
+    with ctrl_c_stops(session):
+        try:
+            for piece in session.answer(text):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            _say("\n(stopped at once; what was said so far will be read again)")
+            return False
+    print()
+    u = session.usage
+    if u is None:
+        _say("(stopped before the answer; this turn is forgotten)")
+        return False
+    why = {
+        "length": "cut at --max-tokens; ",
+        "context": "cut: the context is full; ",
+        "stopped": "stopped; ",
+    }.get(u.finish_reason, "")
+    if about or why:
+        _say(
+            f"[{why}{u.prompt_tokens:,} tokens read at {u.prompt_tps:,.0f} a second, "
+            f"{u.generation_tokens:,} written at {u.generation_tps:,.0f}]"
+        )
+    if u.finish_reason == "stopped":
+        return False
+    try:
+        session.show_sources()
+    except KeyboardInterrupt:
+        _say("(stopped: no references)")
+    return True
+
+
+def show_references(tokenizer, page: Optional[Path] = None, show: bool = True):
+    """What a session does with an answer's `Trace`: print references, write a page of them."""
+
+    def on_sources(trace: Trace):
+        if show:
+            sys.stdout.flush()
+            print_references(trace, tokenizer, sys.stderr)
+        if page is not None:
+            try:
+                write_page(trace, tokenizer, page)
+            except OSError as e:
+                raise SessionError(f"--references-html: {page}: {e.strerror}") from None
+
+    return on_sources
+
+
+def _say(text: str):
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_ahead(session: Session):
+    """Read the system prompt now, so that the first answer need not wait for it."""
+    with ctrl_c_stops(session):
+        session.read_ahead()
+
+
+def _reset(session: Session, _):
+    session.reset()
+    print("(a new conversation)")
+
+
+def _references(session: Session, sources: Callable[[Trace], None]):
+    session.on_sources = None if session.on_sources else sources
+    print("(answers come with references)" if session.on_sources else "(no references)")
+
+
+def _save(session: Session, file: Path):
+    session.save(file)
+    print(f"(saved {session.offset:,} tokens to {cache_file(file)})")
+
+
+def _load(session: Session, file: Path):
+    session.load(file)
+    print(f"(loaded {session.offset:,} tokens from {cache_file(file)})")

@@ -1,0 +1,277 @@
+"""A KSA language model: a Qwen3 whose windowed layers read old text through summary tokens.
+
+Text rows and summary rows are carried as two blocks of one array, text first: they share the
+projections, norms and the MLP, and meet only in attention (see `naive.py` for the definition).
+"""
+
+from typing import Any, List, Optional, Tuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.qwen3 import MLP
+from mlx_lm.models.rope_utils import initialize_rope
+
+from .attention import Step, full_attention, summary_attention
+from .batch import BatchRollingSummaryCache, BatchStep
+from .cache import RollingSummaryCache, make_cache
+from .config import ModelArgs
+from .distributed import Pipeline, shard
+from .register import warn_of_max_kv_size
+from .rollback import wanted_rollback
+from .weights import sanitize
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        self.args = args
+        self.window = args.windows[layer]
+        # Summary rows end in the last windowed layer: there they leave only keys and values.
+        self.last = layer == args.last_windowed
+        self.n_heads, self.n_kv_heads = args.num_attention_heads, args.num_key_value_heads
+        self.head_dim = dim = args.head_dim
+        hidden, bias, eps = args.hidden_size, args.attention_bias, args.rms_norm_eps
+
+        self.q_proj = nn.Linear(hidden, self.n_heads * dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.n_kv_heads * dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.n_kv_heads * dim, bias=bias)
+        self.o_proj = nn.Linear(self.n_heads * dim, hidden, bias=bias)
+        self.q_norm = nn.RMSNorm(dim, eps=eps)
+        self.k_norm = nn.RMSNorm(dim, eps=eps)
+        if args.own_kv(layer):
+            self.k_proj_summary = nn.Linear(hidden, self.n_kv_heads * dim, bias=bias)
+            self.v_proj_summary = nn.Linear(hidden, self.n_kv_heads * dim, bias=bias)
+            if args.summary_independent_qk_norm:
+                self.k_norm_summary = nn.RMSNorm(dim, eps=eps)
+        if args.own_q(layer):
+            self.q_proj_summary = nn.Linear(hidden, self.n_heads * dim, bias=bias)
+            if args.summary_independent_qk_norm:
+                self.q_norm_summary = nn.RMSNorm(dim, eps=eps)
+
+        self.rope = initialize_rope(
+            dim,
+            base=args.rope_theta,
+            traditional=False,
+            scaling_config=args.rope_scaling,
+            max_position_embeddings=args.max_position_embeddings,
+        )
+
+    def _heads(self, name: str, x: mx.array, own: str = "") -> mx.array:
+        """Project rows (B, rows, hidden) to normed heads (B, rows, heads, head_dim)."""
+        y = self[f"{name}_proj{own}"](x)
+        y = y.reshape(*x.shape[:2], -1, self.head_dim)
+        if name == "v":
+            return y
+        norm = f"{name}_norm{own}"
+        return self[norm if norm in self else f"{name}_norm"](y)
+
+    def _project(self, name: str, x: mx.array, L: int) -> Tuple[mx.array, Optional[mx.array]]:
+        """Heads of the L text rows, (B, heads, L, head_dim), and of the summary rows, before RoPE.
+
+        Summary rows blend their own projection with the base one: mix * own + (1 - mix) * base.
+        """
+        if x.shape[1] == L:
+            return self._heads(name, x).swapaxes(1, 2), None
+        if f"{name}_proj_summary" not in self:
+            y = self._heads(name, x)
+            return y[:, :L].swapaxes(1, 2), y[:, L:]
+        mix = self.args.mix_coeff
+        own = self._heads(name, x[:, L:], "_summary")
+        if mix == 1:
+            return self._heads(name, x[:, :L]).swapaxes(1, 2), own
+        y = self._heads(name, x)
+        return y[:, :L].swapaxes(1, 2), mix * own + (1 - mix) * y[:, L:]
+
+    def _rope_text(self, x: mx.array, offset) -> mx.array:
+        """Rotate text heads (B, heads, L, head_dim) at positions offset, offset + 1, ..."""
+        if self.args.summary_chunk_position_ids_type == "origin":
+            return self.rope(x, offset=offset)
+        positions = mx.array(offset).reshape(-1, 1) + mx.arange(x.shape[2])
+        positions = mx.broadcast_to(positions % self.args.summary_chunk_size, (x.shape[0], x.shape[2]))
+        return self._rope_at(x.swapaxes(1, 2), positions)
+
+    def _rope_at(self, x: mx.array, positions: mx.array) -> mx.array:
+        """Rotate row r of (B, rows, heads, head_dim) at positions[..., r]; heads go before rows."""
+        B, rows, heads, dim = x.shape
+        positions = mx.broadcast_to(positions, (B, rows)).reshape(-1).astype(mx.int32)
+        # One position a batch entry is the one layout that RoPE takes freely.
+        y = self.rope(x.reshape(B * rows, heads, 1, dim), offset=positions)
+        return y.reshape(B, rows, heads, dim).swapaxes(1, 2)
+
+    def __call__(
+        self, x: mx.array, step: Step, mask: Optional[Any], cache: Optional[Any]
+    ) -> mx.array:
+        """Args: x (B, text rows + summary rows, hidden), normed. Returns the same shape, or the
+        text rows only where summary rows end."""
+        B, L = x.shape[0], step.length
+        has_summaries = x.shape[1] > L
+
+        k, sk = self._project("k", x, L)
+        v, sv = self._project("v", x, L)
+        q, sq = self._project("q", x[:, :L] if self.last else x, L)
+        q, k, v = step.by_row(q), step.by_row(k), step.by_row(v)
+        q, k = self._rope_text(q, step.offset), self._rope_text(k, step.offset)
+        if has_summaries:
+            sk, sv = self._rope_at(sk, step.summary_positions), sv.swapaxes(1, 2)
+            if sq is not None:
+                sq = self._rope_at(sq, step.summary_positions)
+
+        if self.window is None:
+            # On whichever cache mlx-lm uses for it.
+            if cache is not None:
+                k, v = cache.update_and_fetch(k, v)
+            out = full_attention(q, k, v, cache, mask)
+            text = step.full_text(k, v, cache) if has_summaries else None
+        else:
+            summaries = (sk, sv) if has_summaries else None
+            out, text = step.text_attention(q, k, v, summaries, cache, self.window)
+        out = out.swapaxes(1, 2).reshape(B, L, -1)
+        if has_summaries and not self.last:
+            rows = summary_attention(sq, sk, sv, *text, step.chunks).swapaxes(1, 2)
+            out = mx.concatenate([out, rows.reshape(B, step.rows, -1)], axis=1)
+        return self.o_proj(out)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        self.bypass = args.bypass[layer]
+        self.self_attn = Attention(args, layer)
+        self.mlp = MLP(args.hidden_size, args.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        if args.own_norm(layer):
+            self.input_layernorm_summary = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(
+        self, h: mx.array, step: Step, mask: Optional[Any] = None, cache: Optional[Any] = None
+    ) -> mx.array:
+        """Args: h (B, text rows + summary rows, hidden). Returns the same shape, or the text rows
+        only where summary rows end."""
+        L = step.length
+        summaries = None
+        if self.bypass and h.shape[1] > L:
+            h, summaries = h[:, :L], h[:, L:]
+        x = self.input_layernorm(h)
+        if "input_layernorm_summary" in self and h.shape[1] > L:
+            x = mx.concatenate([x[:, :L], self.input_layernorm_summary(h[:, L:])], axis=1)
+        r = self.self_attn(x, step, mask, cache)
+        h = h[:, : r.shape[1]] + r
+        h = h + self.mlp(self.post_attention_layernorm(h))
+        return h if summaries is None else mx.concatenate([h, summaries], axis=1)
+
+
+class KSAModel(Pipeline, nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.embed_tokens = nn.Embedding(args.summary_token_begin, args.hidden_size)
+        self.summary_embedding = mx.zeros((args.summary_token_num, args.hidden_size))
+        self.layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: Optional[List[Any]] = None,
+        input_embeddings: Optional[mx.array] = None,
+    ) -> mx.array:
+        """Args: inputs (B, L) text ids, or input_embeddings (B, L, hidden). Returns the last
+        hidden states of the text, (B, L, hidden)."""
+        h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        shape, cache = h.shape, cache or [None] * len(self.pipeline_layers)
+        # Full layers share one mask; their caches all hold the same text.
+        full = next((i for i, w in enumerate(self.windows) if w is None), None)
+        mask = None if full is None else create_attention_mask(h, cache[full])
+        step = self._plan(shape[1], cache)
+        for one in step.steps:
+            one.training = self.training
+        h = step.flat(h)
+        if step.rows:
+            rows = mx.tile(self.summary_embedding, (step.chunks, 1)).astype(h.dtype)
+            h = mx.concatenate([h, mx.broadcast_to(rows, (h.shape[0], *rows.shape))], axis=1)
+        h = self.receive(h, step.length)
+        for layer, c in zip(self.pipeline_layers, cache):
+            h = layer(h, step, mask, c)
+        h = self.send(h, step.length, shape, cache)
+        return self.norm(h)
+
+    def _plan(self, length: int, cache: List[Any]) -> Step:
+        self._check(cache)
+        # All windowed layers, also those of other machines, have summarised the same chunks.
+        windowed = next((i for i, w in enumerate(self.windows) if w is not None), None)
+        if windowed is None:
+            # A batch's offset is an array, which mlx-lm before 0.32 changes in place.
+            return Step(self.args, 0 if cache[0] is None else cache[0].offset + 0, length)
+        rolling = cache[windowed]
+        if rolling is None:
+            return Step.plan(self.args, 0, length, 0, cached=False)
+        if isinstance(rolling, BatchRollingSummaryCache):
+            return BatchStep(self.args, rolling, length)
+        return Step.plan(self.args, rolling.offset, length, rolling.summarised)
+
+    def _check(self, cache: List[Any]):
+        """Refuse caches that are not this model's, or of which some hold more text than others."""
+        advice = "make them with ksa_mlx.make_cache(model)"
+        if len(cache) != len(self.windows):
+            raise ValueError(f"caches: found {len(cache)}, expected {len(self.windows)}; {advice}")
+        ours = (RollingSummaryCache, BatchRollingSummaryCache)
+        for i, (c, window) in enumerate(zip(cache, self.windows)):
+            if c is not None and isinstance(c, ours) != (window is not None):
+                expected = "KVCache" if window is None else "RollingSummaryCache"
+                raise ValueError(
+                    f"cache of layer {i}: found {type(c).__name__}, expected {expected}; {advice}"
+                )
+        offsets = {c.offset for c in cache if type(getattr(c, "offset", None)) is int}
+        if len(offsets) > 1:
+            raise ValueError(
+                f"caches: found layers of {sorted(offsets)} tokens, expected the same in all; "
+                "a trim that raised leaves them so"
+            )
+
+
+class Model(nn.Module):
+    """A KSA model as mlx-lm calls it.
+
+    `model(inputs, cache=None, input_embeddings=None)`: inputs (B, L) text ids or
+    input_embeddings (B, L, hidden). Returns logits (B, L, text ids), in the weights' dtype.
+    Without a cache it is differentiable. `rollback` is how many tokens the caches that
+    `make_cache()` makes can take back.
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.rollback = wanted_rollback(args.rollback)
+        self.model = KSAModel(args)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.summary_token_begin, bias=False)
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: Optional[List[Any]] = None,
+        input_embeddings: Optional[mx.array] = None,
+    ) -> mx.array:
+        h = self.model(inputs, cache, input_embeddings)
+        if self.args.tie_word_embeddings:
+            logits = self.model.embed_tokens.as_linear(h)
+        else:
+            logits = self.lm_head(h)
+        return logits[..., : self.args.num_predicted]
+
+    def make_cache(self) -> List[Any]:
+        warn_of_max_kv_size()
+        return make_cache(self)
+
+    def sanitize(self, weights):
+        return sanitize(self.args, weights)
+
+    def shard(self, group: Optional[mx.distributed.Group] = None):
+        shard(self, group)
+
+    @property
+    def layers(self):
+        return self.model.pipeline_layers

@@ -1,0 +1,98 @@
+"""Writing a converted model: shards as they fill, and a folder that appears whole or not at all."""
+
+import fcntl
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Dict, List
+
+import mlx.core as mx
+
+from .checkpoint import line
+from .weights import CheckpointError
+
+
+class ShardWriter:
+    """Collects weights and writes `model-*.safetensors` files of up to `limit` bytes, and
+    their index, as `mlx_lm.utils.save_model` does."""
+
+    def __init__(self, folder: Path, limit: int):
+        self.folder, self.limit = folder, limit
+        self.shard: Dict[str, mx.array] = {}
+        self.files: List[List[str]] = []  # names in each file
+        self.held, self.nbytes, self.parameters = 0, 0, 0
+
+    def add(self, name: str, array: mx.array):
+        if self.shard and self.held + array.nbytes > self.limit:
+            self.flush()
+        self.shard[name] = array
+        self.held += array.nbytes
+        self.nbytes += array.nbytes
+
+    def flush(self):
+        file = self.folder / f"part-{len(self.files)}.safetensors"
+        try:
+            mx.save_safetensors(str(file), self.shard, metadata={"format": "mlx"})
+        except RuntimeError as e:  # MLX does not tell a full disk from other faults
+            free = shutil.disk_usage(self.folder).free
+            raise CheckpointError(
+                f"{self.folder.parent}: not writable, perhaps full, {free / 1e9:.1f} GB free "
+                f"({line(e)})"
+            ) from None
+        self.files.append(list(self.shard))
+        self.shard, self.held = {}, 0
+        mx.clear_cache()
+
+    def finish(self):
+        """Write the last shard and the index, and give the files their names."""
+        self.flush()
+        count, weight_map = len(self.files), {}
+        for i, names in enumerate(self.files):
+            name = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            name = name if count > 1 else "model.safetensors"
+            os.rename(self.folder / f"part-{i}.safetensors", self.folder / name)
+            weight_map.update(dict.fromkeys(names, name))
+        total = {"total_size": self.nbytes, "total_parameters": self.parameters}
+        index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
+        with open(self.folder / "model.safetensors.index.json", "w") as f:
+            json.dump(index, f, indent=4)
+
+
+@contextmanager
+def workspace(destination: Path):
+    """A folder beside `destination` that takes its name at the end, or vanishes on an error.
+
+    Its name is fixed and a running conversion locks it, so that what a killed one left behind
+    is known for what it is, and is removed by the next.
+    """
+    parents = [p for p in destination.absolute().parents if not p.exists()]
+    folder = destination.absolute().parent / f".{destination.name}.converting"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its owner may have renamed or removed it between our two calls.
+            mine = folder.exists() and os.path.samestat(os.fstat(lock), os.stat(folder))
+        except BlockingIOError:
+            mine = False
+        if not mine:
+            raise CheckpointError(f"{destination}: another conversion is writing it")
+        try:
+            for left in folder.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield folder
+            for file in folder.iterdir():
+                with open(file, "rb") as f:
+                    os.fsync(f.fileno())
+            os.rename(folder, destination)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in parents:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+            raise
+    finally:
+        os.close(lock)

@@ -1,0 +1,172 @@
+"""Conversations on disk: mlx-lm's prompt cache files, and what they have read, and whose."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import (
+    KVCache,
+    QuantizedKVCache,
+    load_prompt_cache,
+    save_prompt_cache,
+)
+from safetensors import SafetensorError, safe_open
+
+from .cache import RollingSummaryCache
+from .checkpoint import line
+
+# The entry in the file's metadata that tells what the cache has read.
+ENTRY = "ksa_mlx"
+
+
+class SessionError(ValueError):
+    """Something that the user asked for cannot be done; one line says why."""
+
+
+def write(file: Path, model, name: str, cache: List[Any], about: Dict[str, Any]):
+    """Write a cache and what it has read; a file that is there is replaced whole or not at all.
+
+    Args:
+        model, name: whose cache it is.
+        about: "messages", "plain" and "tokens" of a `Session`.
+    """
+    file = cache_file(file)
+    if file.exists() and cache_owner(file) is None:
+        raise SessionError(f"{file}: found another kind of file, which stays as it is")
+    about = {**about, "fingerprint": fingerprint(model)}
+    # The first two are what mlx_lm.generate reads.
+    metadata = {"model": name, "tokenizer_config": "{}", ENTRY: json.dumps(about)}
+    part = file.with_name(f".{file.name}.{os.getpid()}.safetensors")
+    try:
+        save_prompt_cache(str(part), cache, metadata)
+        os.replace(part, file)
+    except (OSError, RuntimeError) as e:
+        raise SessionError(f"{file}: cannot be written ({line(e)})") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(file: Path, model, name: str) -> Tuple[List[Any], Optional[Dict[str, Any]]]:
+    """A saved cache and what it has read; None for a cache of `mlx_lm.cache_prompt`.
+
+    Raises SessionError if the file is damaged or another model's.
+    """
+    file = cache_file(file)
+    cache, metadata = open_cache(file)
+    try:
+        owner, entry = str(metadata.get("model")), metadata.get(ENTRY)
+        about = None if entry is None else _parse(entry)
+        offset = cache[0].offset if about is None else len(about["tokens"])
+    except Exception as e:
+        raise _damaged(file, e) from None
+    if about is None:
+        own = owner == name or (
+            Path(owner).exists() and Path(owner).resolve() == Path(name).resolve()
+        )
+    else:
+        own = about["fingerprint"] == fingerprint(model)
+    if not own:
+        raise SessionError(
+            f"{file}: found a cache of another model ({owner}), expected one of {name}"
+        )
+    check(file, model, cache, offset)
+    return cache, about
+
+
+def open_cache(file: Path) -> Tuple[List[Any], Dict[str, Any]]:
+    """A prompt cache file's caches and metadata. Raises SessionError if it is damaged."""
+    if not _metadata(file):
+        raise SessionError(f"{file}: found no prompt cache, or a damaged one")
+    try:
+        cache, metadata = load_prompt_cache(str(file), return_metadata=True)
+        mx.eval([c.state for c in cache])
+        if not all(type(c.offset) is int for c in cache) or not cache:
+            raise ValueError("no layers")
+        return cache, metadata
+    except Exception as e:  # whatever a damaged file makes of the reader
+        raise _damaged(file, e) from None
+
+
+def _damaged(file: Path, error: Exception) -> SessionError:
+    return SessionError(f"{file}: found a damaged prompt cache ({line(error)})")
+
+
+def _parse(entry: str) -> Dict[str, Any]:
+    found = json.loads(entry)
+    return {
+        "fingerprint": str(found["fingerprint"]),
+        "messages": [{k: str(m[k]) for k in ("role", "content")} for m in found["messages"]],
+        "plain": [int(t) for t in found["plain"]],
+        "tokens": [int(t) for t in found["tokens"]],
+    }
+
+
+def check(file: Path, model, cache: List[Any], offset: int):
+    """Whether a cache has the model's layers and has read `offset` tokens in all of them.
+
+    Raises SessionError if not. A cache may be quantised.
+    """
+    args, expected = model.args, model.make_cache()
+    if len(cache) != len(expected):
+        raise SessionError(
+            f"{file}: found a cache of {len(cache)} layers, expected {len(expected)}"
+        )
+    for layer, (c, e) in enumerate(zip(cache, expected)):
+        if isinstance(e, RollingSummaryCache):
+            same = isinstance(c, RollingSummaryCache) and _geometry(c) == _geometry(e)
+        else:
+            same = isinstance(c, (KVCache, QuantizedKVCache))
+        same = same and c.offset == offset and c.keys is not None
+        for x in (c.keys, c.values) if same else ():
+            dim = args.head_dim
+            if hasattr(c, "bits"):  # (packed, scales, biases): a scale a group
+                x, dim = x[1], dim // c.group_size
+            same = same and x.ndim == 4
+            same = same and (*x.shape[:2], x.shape[3]) == (1, args.num_key_value_heads, dim)
+        if not same:
+            raise SessionError(
+                f"{file}: layer {layer} does not hold {offset:,} tokens of this model"
+            )
+
+
+def _geometry(cache: RollingSummaryCache) -> Tuple[int, int, int]:
+    return cache.chunk, cache.summary_tokens, cache.window
+
+
+def cache_file(file: Path) -> Path:
+    """The name with the ending that MLX asks for."""
+    return file if file.suffix == ".safetensors" else file.with_name(file.name + ".safetensors")
+
+
+def cache_owner(file: Path) -> Optional[str]:
+    """The name of the model that a saved cache belongs to, if it says."""
+    metadata = _metadata(cache_file(file))
+    # mlx-lm 0.32 puts the user's metadata first, 0.31 second.
+    return metadata.get("0.model") or metadata.get("1.model")
+
+
+def _metadata(file: Path) -> Dict[str, str]:
+    """The metadata of a safetensors file; empty if it is none, or not whole."""
+    if not file.is_file():
+        raise SessionError(f"{file}: no such file")
+    try:
+        with safe_open(file, framework="np") as f:
+            return f.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def fingerprint(model) -> str:
+    """A digest of the config and of a sample of every weight: two models rarely share it."""
+    config = {k: v for k, v in asdict(model.args).items() if k != "rollback"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, w in sorted(tree_flatten(model.parameters())):
+        digest.update(f"{name} {w.shape} {w.dtype}".encode())
+        digest.update(np.array(w.reshape(-1)[:64].view(mx.uint8)).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,633 @@
+"""The terminal program: one answer, the chat, the demonstration, and what they refuse."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_lm import generate as mlx_generate
+from mlx_lm import stream_generate
+from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+
+import ksa_mlx
+from ksa_mlx import demo
+from ksa_mlx.generate import main
+from ksa_mlx.session import Session, SessionError
+
+ROOT = Path(__file__).parent.parent
+SYSTEM = "The locker of Maria is 4821.\nOmar's bike is red.\nThe code of Klara is 775."
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_place(tmp_path_factory):
+    """A cache folder of the tests' own, and no network."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("KSA_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        m.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(cache_place):
+    return demo.embedded_model()
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return ksa_mlx.load(folder)
+
+
+@pytest.fixture
+def session(loaded, folder):
+    return Session(*loaded, str(folder), system_prompt=SYSTEM, max_tokens=12)
+
+
+def say(session: Session, text: str) -> str:
+    return "".join(session.answer(text))
+
+
+def fresh(session: Session, messages) -> str:
+    """The answer of a model that reads the whole conversation at once."""
+    prompt = session.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return mlx_generate(session.model, session.tokenizer, prompt, max_tokens=session.max_tokens)
+
+
+def refused(capsys, argv, *words):
+    """`main(argv)` fails with one line that has the words, and prints no answer."""
+    try:
+        status = main(argv)
+    except SystemExit as e:  # argparse
+        status = e.code
+    out, err = capsys.readouterr()
+    assert status not in (0, None)
+    assert out.strip() == ""
+    last = err.strip().splitlines()[-1]
+    assert "error: " in last and "Traceback" not in err
+    assert err.startswith("usage:") or len(err.strip().splitlines()) == 1, err
+    for word in words:
+        assert word in last, last
+
+
+# One answer
+
+
+def test_answer_is_mlx_lms(capsys, folder, loaded):
+    model, tokenizer = loaded
+    argv = ["--model", str(folder), "--system-prompt", SYSTEM.replace("\n", " ")]
+    assert main([*argv, "--prompt", "What is the locker of Maria?", "--max-tokens", "9"]) == 0
+    out, err = capsys.readouterr()
+    messages = [
+        {"role": "system", "content": SYSTEM.replace("\n", " ")},
+        {"role": "user", "content": "What is the locker of Maria?"},
+    ]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert out == mlx_generate(model, tokenizer, prompt, max_tokens=9) + "\n"
+    assert f"Prompt: {len(prompt)} tokens" in err
+    for name in ("Generation: ", "Peak memory: ", "KV cache: ", "full attention would hold"):
+        assert name in err
+
+
+def test_unconverted_checkpoint(capsys, folder):
+    ask = ["--system-prompt", SYSTEM, "--prompt", "What is the locker of Maria?"]
+    answers = []
+    for model in (demo.CHECKPOINT, folder):
+        assert main(["--model", str(model), *ask]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
+def test_prompt_from_a_file_and_from_standard_input(capsys, folder, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text("What is the code of Zoë?")
+    (tmp_path / "system.txt").write_text("The code of Zoë is 552.")
+    argv = ["--model", str(folder), "--system-prompt", f"@{tmp_path}/system.txt", "--prompt"]
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO("What is the code of Zoë?".encode()))
+    )
+    answers = []
+    for prompt in (f"@{tmp_path}/prompt.txt", "-", "What is the code of Zoë?"):
+        assert main([*argv, prompt]) == 0
+        answers.append(capsys.readouterr())
+    assert len({out for out, _ in answers}) == 1
+    assert len({re.search(r"Prompt: (\d+) tokens", err).group(1) for _, err in answers}) == 1
+
+
+def test_flags(capsys, folder):
+    ask = ["--model", str(folder), "--prompt", "a", "--ignore-chat-template", "--max-tokens", "20"]
+    sample = [*ask, "--temp", "1.5", "--top-p", "0.98", "--min-p", "0.001", "--top-k", "900"]
+
+    def run(*argv):
+        assert main(list(argv)) == 0
+        return capsys.readouterr()
+
+    assert run(*sample, "--seed", "1").out == run(*sample, "--seed", "1").out
+    assert len({run(*sample, "--seed", str(i)).out for i in range(4)}) > 1
+    # Steps change nothing but the steps; the raw prompt has one token.
+    assert run(*ask, "--prefill-step-size", "1").out == run(*ask).out
+    assert "Prompt: 1 tokens" in run(*ask).err
+    out, err = run(*ask, "--verbose", "False", "--max-tokens", "1")
+    assert len(out) < 20 and "KV cache" not in err
+
+
+def test_plain_completion_without_a_template(capsys, folder, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    model, tokenizer = ksa_mlx.load(base)
+    text = "The locker of Maria is"
+    assert main(["--model", str(base), "--prompt", text, "--max-tokens", "8"]) == 0
+    expected = mlx_generate(model, tokenizer, text, max_tokens=8)
+    assert capsys.readouterr().out == expected + "\n"
+
+    # A chat goes on with the same text.
+    s = Session(model, tokenizer, str(base), max_tokens=4)
+    first, second = say(s, text), say(s, " and")
+    tokens = tokenizer.encode(text)
+    for more, answer in (([], first), (tokenizer.encode(" and"), second)):
+        tokens = tokens + more
+        new = [r.token for r in stream_generate(model, tokenizer, tokens, max_tokens=4)]
+        assert tokenizer.decode(new).strip() == answer.strip()
+        tokens = tokens + new
+    assert s.tokens == tokens
+
+
+# Turns on one cache
+
+
+def test_turns_read_only_what_is_new(session):
+    said = list(session.messages)
+    for question in ("What is the locker of Maria?", "Omar's bike?", "What is Klara's code?"):
+        held = session.offset
+        answer = say(session, question)
+        said.append({"role": "user", "content": question})
+        assert answer == fresh(session, said)
+        full = session.tokenizer.apply_chat_template(said, add_generation_prompt=True)
+        assert session.tokens[: len(full)] == full
+        assert session.usage.prompt_tokens == len(full) - held
+        assert session.offset == len(session.tokens) == session.cache[0].offset
+        said.append({"role": "assistant", "content": answer})
+    assert session.messages == said
+
+
+def test_reading_ahead(session):
+    n = session.read_ahead()
+    assert n == session.offset == session.cache[-1].offset > 20
+    answer = say(session, "Omar's bike?")
+    assert session.usage.prompt_tokens < n
+    assert answer == fresh(session, session.messages[:-1])
+
+
+def test_a_template_that_rewrites_the_past(session, monkeypatch):
+    """As Qwen3's does, which drops the thinking of earlier turns."""
+    template = session.tokenizer.chat_template
+    cut = "m['content'] | trim + '<|end|>'"
+    assert cut in template
+    monkeypatch.setattr(
+        session.tokenizer._tokenizer,
+        "chat_template",
+        template.replace(cut, "(m['content'] | trim)[:2] + '<|end|>'"),
+    )
+    say(session, "What is the locker of Maria?")
+    answer = say(session, "Omar's bike?")
+    said = session.messages[:-1]
+    assert answer == fresh(session, said)
+    full = session.tokenizer.apply_chat_template(said, add_generation_prompt=True)
+    assert session.usage.prompt_tokens == len(full)  # read again, from the start
+
+
+def test_stop_in_an_answer(session):
+    session.max_tokens = 40
+    pieces = []
+    for piece in session.answer("Omar's bike?"):
+        pieces.append(piece)
+        session.stop = True
+    assert len(pieces) == 1 and session.usage.finish_reason == "stopped"
+    assert session.messages[-1] == {"role": "assistant", "content": pieces[0]}
+    assert {c.offset for c in session.cache} == {len(session.tokens)}
+    assert say(session, "What is Klara's code?") == fresh(session, session.messages[:-1])
+
+
+@pytest.mark.parametrize("after", [0, 8, 16])
+def test_stop_while_a_prompt_is_read(session, after):
+    session.prefill_step_size = 8
+
+    def progress(done, total):
+        session.stop = done >= after
+
+    session.progress = progress
+    before = list(session.messages)
+    assert say(session, "Omar's bike?") == "" and session.usage is None
+    assert session.messages == before
+    assert {c.offset for c in session.cache} == {len(session.tokens)} == {after}
+    session.progress = lambda done, total: None
+    assert say(session, "Klara's code?") == fresh(session, session.messages[:-1])
+
+
+def test_interrupt_in_the_middle_of_a_step(session, monkeypatch):
+    """A second Ctrl-C strikes anywhere: the layers' caches then disagree."""
+    say(session, "What is the locker of Maria?")
+    layer = session.model.layers[2].self_attn
+    with monkeypatch.context() as m:
+        m.setattr(type(layer), "__call__", _raise_keyboard_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            say(session, "Omar's bike?")
+    assert session.offset == 0 and len(session.messages) == 3
+    assert say(session, "Omar's bike?") == fresh(session, session.messages[:-1])
+
+
+def _raise_keyboard_interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_context(session, monkeypatch):
+    question = "What is the locker of Maria?"
+    messages = [*session.messages, {"role": "user", "content": question}]
+    n = len(session.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    monkeypatch.setattr(session.model.args, "max_position_embeddings", n)
+    with pytest.raises(SessionError, match=f"found {n} tokens, .* context of {n}"):
+        say(session, question)
+    session.model.args.max_position_embeddings = n + 2
+    say(session, question)
+    assert session.offset == n + 2 and session.usage.finish_reason == "context"
+    with pytest.raises(SessionError, match="context"):
+        say(session, "Omar's bike?")
+
+
+def test_reset(session):
+    first = say(session, "Omar's bike?")
+    say(session, "What is Klara's code?")
+    session.reset()
+    assert session.offset == 0 == session.cache_bytes and len(session.messages) == 1
+    assert say(session, "Omar's bike?") == first
+
+
+def test_statistics(session):
+    say(session, "Omar's bike?")
+    layers, heads, dim, size = 5, 4, 32, 2
+    assert session.full_bytes == 2 * layers * heads * dim * size * session.offset
+    assert session.cache_bytes == sum(c.keys.nbytes + c.values.nbytes for c in session.cache) > 0
+    ratio = session.full_bytes / session.cache_bytes
+    assert session.cache_line().endswith(f"{ratio:.2f} times as much")
+
+
+# Saved conversations
+
+
+def test_save_and_load(session, loaded, folder, tmp_path):
+    file = tmp_path / "talk"
+    say(session, "What is the locker of Maria?")
+    session.save(file)
+    session.save(file)  # over itself
+    assert [f.name for f in tmp_path.iterdir()] == ["talk.safetensors"]
+    other = Session(*loaded, str(folder), max_tokens=12)
+    other.load(file)
+    assert (other.tokens, other.messages) == (session.tokens, session.messages)
+    assert say(other, "Omar's bike?") == say(session, "Omar's bike?")
+    assert other.usage.prompt_tokens == session.usage.prompt_tokens < 20
+    assert other.cache_bytes == session.cache_bytes
+
+
+def test_saved_file_is_mlx_lms_too(session, tmp_path):
+    file = tmp_path / "talk.safetensors"
+    say(session, "What is the locker of Maria?")
+    session.save(file)
+    cache, metadata = load_prompt_cache(str(file), return_metadata=True)
+    assert metadata["model"] == session.name and json.loads(metadata["tokenizer_config"]) == {}
+    assert [c.offset for c in cache] == [session.offset] * 5
+
+
+def test_save_refuses(session, tmp_path):
+    with pytest.raises(SessionError, match="nothing to save"):
+        session.save(tmp_path / "empty")
+    say(session, "Omar's bike?")
+    notes = tmp_path / "notes.safetensors"
+    notes.write_text("mine")
+    with pytest.raises(SessionError, match="notes.safetensors: found another kind of file"):
+        session.save(notes)
+    assert notes.read_text() == "mine"
+    with pytest.raises(SessionError, match="cannot be written"):
+        session.save(tmp_path / "no such folder" / "talk")
+    assert [f.name for f in tmp_path.iterdir()] == ["notes.safetensors"]
+
+
+def test_load_refuses_another_models_cache(session, loaded, tmp_path):
+    file = tmp_path / "talk"
+    say(session, "Omar's bike?")
+    session.save(file)
+    model, _ = ksa_mlx.load_model(demo.CHECKPOINT)
+    norm = model.layers[3].mlp.up_proj
+    norm.weight = norm.weight * 1.01
+    other = Session(model, loaded[1], "a fine-tune")
+    with pytest.raises(SessionError, match="cache of another model .* expected one of a fine-tune"):
+        other.load(file)
+    assert other.offset == 0 and say(other, "Omar's bike?") is not None
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", "garbage", "empty", "layers", "offset", "window", "text"]
+)
+def test_load_refuses_damage(session, tmp_path, damage):
+    file = tmp_path / "talk.safetensors"
+    say(session, "Omar's bike?")
+    session.save(file)
+    before = session.tokens
+    if damage in ("cut", "garbage", "empty"):
+        data = file.read_bytes()
+        file.write_bytes({"cut": data[:-100], "garbage": b"x" * 5000, "empty": b""}[damage])
+    else:
+        cache, metadata = load_prompt_cache(str(file), return_metadata=True)
+        saved = json.loads(metadata["ksa_mlx"])
+        if damage == "layers":
+            cache = cache[:-1]
+        if damage == "offset":
+            cache[2].offset -= 1
+        if damage == "window":
+            cache[1].window = 9
+        if damage == "text":
+            saved["tokens"] = "none"
+        save_prompt_cache(str(file), cache, {**metadata, "ksa_mlx": json.dumps(saved)})
+    with pytest.raises(SessionError, match="talk.safetensors: "):
+        session.load(file)
+    assert session.tokens == before  # the conversation stays as it was
+
+
+def test_prompt_cache_file(capsys, session, folder, tmp_path):
+    file = tmp_path / "talk"
+    say(session, "What is the locker of Maria?")
+    session.save(file)
+    # The file names its model.
+    assert main(["--prompt-cache-file", str(file), "--prompt", "Omar's bike?"]) == 0
+    out, err = capsys.readouterr()
+    assert out == say(session, "Omar's bike?") + "\n"
+    assert f"Prompt: {session.usage.prompt_tokens} tokens" in err
+    refused(
+        capsys,
+        ["--prompt-cache-file", str(tmp_path / "none"), "-p", "x"],
+        "none.safetensors: no such file",
+    )
+    file.with_suffix(".safetensors").write_bytes(b"{}")
+    argv = ["--model", str(folder), "--prompt-cache-file", str(file), "-p", "x"]
+    refused(capsys, argv, "talk.safetensors: ", "prompt cache")
+
+
+def test_cache_of_mlx_lm_cache_prompt(capsys, loaded, folder, tmp_path):
+    model, tokenizer = loaded
+    messages = [{"role": "user", "content": SYSTEM}]
+    head = tokenizer.apply_chat_template(messages)
+    cache = model.make_cache()
+    for _ in stream_generate(model, tokenizer, head[:-1], max_tokens=1, prompt_cache=cache):
+        pass
+    cache = model.make_cache()
+    model(mx.array(head)[None], cache=cache)
+    file = tmp_path / "stock.safetensors"
+    save_prompt_cache(str(file), cache, {"model": str(folder), "tokenizer_config": "{}"})
+    argv = ["--prompt-cache-file", str(file), "--max-tokens", "8"]
+    question = " What is Klara's code?"
+    assert main([*argv, "--prompt", question]) == 0
+    suffix = tokenizer.encode(f"{question}<|assistant|>", add_special_tokens=False)
+    expected = mlx_generate(model, tokenizer, head + suffix, max_tokens=8)
+    assert capsys.readouterr().out == expected + "\n"
+    refused(capsys, ["--model", str(demo.CHECKPOINT), *argv, "-p", "x"], "cache of another model")
+
+
+# What is refused
+
+
+def test_bad_prompts(capsys, folder, tmp_path):
+    ask = ["--model", str(folder)]
+    refused(capsys, [*ask, "--prompt", ""], "zero tokens")
+    refused(capsys, [*ask, "--prompt", "", "--ignore-chat-template"], "zero tokens")
+    refused(capsys, [*ask, "--prompt", f"@{tmp_path}/none"], "--prompt", "none", "No such file")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    refused(capsys, [*ask, "--prompt", f"@{tmp_path}/latin"], "latin is not UTF-8 at byte 3")
+    (tmp_path / "long").write_text("a b " * 40_000)
+    refused(capsys, [*ask, "--prompt", f"@{tmp_path}/long"], "tokens", "context of 32,768")
+
+
+def test_bad_flags(capsys, folder):
+    ask = ["--model", str(folder), "--prompt", "x"]
+    for flag, value in (
+        ("--max-tokens", "0"),
+        ("--max-tokens", "many"),
+        ("--temp", "-1"),
+        ("--temp", "nan"),
+        ("--top-p", "1.5"),
+        ("--prefill-step-size", "0"),
+        ("--chat-template-config", "[1"),
+        ("--chat-template-config", '{"tokenize": false}'),
+        ("--seed", "99999999999999999999999"),
+        ("--top-k", "99999"),
+        ("--system-prompt", "@"),
+    ):
+        refused(capsys, [*ask, flag, value], flag)
+    refused(capsys, ["--model", "", "--prompt", "x"], "--model")
+    refused(capsys, ["--model", str(folder), "--prompt", "\udcff"], "--prompt", "UTF-8")
+    both = ["--system-prompt", "x", "--prompt-cache-file", "y"]
+    refused(capsys, [*ask, *both], "--system-prompt", "--prompt-cache-file")
+
+
+def test_a_bad_choice_of_kernels(capsys, folder, monkeypatch):
+    monkeypatch.setenv("KSA_MLX_KERNELS", "fast")
+    refused(capsys, ["--model", str(folder), "--prompt", "x"], "KSA_MLX_KERNELS", "'fast'")
+
+
+def test_bad_models(capsys, tmp_path):
+    def ask(model):
+        return ["--model", str(model), "--prompt", "x"]
+
+    refused(capsys, ask("nobody/no-such-model"), "nobody/no-such-model")
+    refused(capsys, ask(tmp_path / "none"), "none")
+    refused(capsys, ask(tmp_path), "config.json")
+    broken = tmp_path / "broken"
+    shutil.copytree(demo.CHECKPOINT, broken)
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[:-999])
+    refused(capsys, ask(broken), "model.safetensors")
+    (broken / "model.safetensors").write_bytes(data)
+    for file in broken.glob("tokenizer*"):
+        file.unlink()
+    refused(capsys, ask(broken), "tokenizer")
+
+
+def test_ids_outside_the_text_vocabulary(capsys, folder, tmp_path):
+    """A tokenizer may know the summary token by name; nobody can type it into the model."""
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"]["1536"] = {
+        **config["added_tokens_decoder"]["6"],
+        "content": "<|summary|>",
+    }
+    (other / "tokenizer_config.json").write_text(json.dumps(config))
+    argv = ["--model", str(other), "--prompt", "a <|summary|> b"]
+    refused(capsys, argv, "token 1536", "<|summary|>", "0 to 1535")
+
+
+# The embedded default
+
+
+def test_demo(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main([]) == 0
+    out, _ = capsys.readouterr()
+    for question, note in demo.QUESTIONS:
+        assert question in out and note in out and note in demo.notes()
+    answers = re.findall(r"Answer: +(.*)", out)
+    right = sum(a.rstrip(".") in note for a, (_, note) in zip(answers, demo.QUESTIONS))
+    assert len(answers) == 3 and right >= 2
+    held, full = re.search(r"KV cache: ([\d.]+) MB .* hold ([\d.]+) MB", out).groups()
+    assert float(full) > 3 * float(held)
+
+
+def test_embedded_tokenizer_round_trips(loaded):
+    tokenizer = loaded[1]
+    for text in ("Zoë's code is 12:35 — ok", "日本語 🦊", "  two  spaces\n\n\tx", "a<|end|>b"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert max(ids) < 1536
+        detokenizer = tokenizer.detokenizer
+        for i in ids:
+            detokenizer.add_token(i)
+        detokenizer.finalize()
+        assert tokenizer.decode(ids) == detokenizer.text == text
+
+
+def test_embedded_model_is_converted_once(folder, tmp_path, monkeypatch):
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert demo.embedded_model() == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    # Where nothing can be written, a temporary folder does.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KSA_MLX_CACHE", str(tmp_path / "file"))
+    other = demo.embedded_model()
+    assert other != folder and (other / "config.json").is_file()
+
+
+# The chat, in a terminal and in a pipe
+
+
+class Terminal:
+    """A chat behind a pseudo-terminal."""
+
+    def __init__(self, *argv):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ["TERM"] = "dumb"
+            os.execv(sys.executable, [sys.executable, str(ROOT / "generate.py"), *argv])
+        self.text = ""
+
+    def until(self, pattern: str, seconds: float = 60) -> str:
+        """Read until the pattern; returns what came before, and forgets both."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.text)):
+            if not select.select([self.fd], [], [], max(0, end - time.monotonic()))[0]:
+                raise AssertionError(f"waited for {pattern!r}, found {self.text!r}")
+            try:
+                data = os.read(self.fd, 65536)
+            except OSError:  # Linux: the other side is closed
+                data = b""
+            if not data:
+                raise AssertionError(f"ended before {pattern!r}: {self.text!r}")
+            self.text += data.decode("utf-8", "replace")
+        before, self.text = self.text[: found.start()], self.text[found.end() :]
+        return before
+
+    def say(self, line: str, pattern: str) -> str:
+        os.write(self.fd, line.encode() + b"\n")
+        return self.until(pattern)
+
+    def end(self) -> int:
+        while select.select([self.fd], [], [], 30)[0]:
+            try:
+                data = os.read(self.fd, 65536)
+            except OSError:
+                break
+            if not data:
+                break
+            self.text += data.decode("utf-8", "replace")
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_chat_in_a_terminal(tmp_path):
+    talk = tmp_path / "talk"
+    t = Terminal("--max-tokens", "-1", "--temp", "0")
+    try:
+        greeting = t.until("\n> ")
+        question, note = demo.QUESTIONS[0]
+        assert question in greeting and "/help" in greeting
+        loaded_tokens = re.search(r"\(([\d,]+) tokens\)", greeting).group(1)
+
+        first = t.say(question, r"tokens read at.*\r\n> ")
+        assert first.strip()
+        stats = t.say("/stats", "\n> ")
+        assert "tokens-per-sec" in stats and "KV cache: " in stats and "Peak memory" in stats
+        saved = t.say(f"/save {talk}", "\n> ")
+        assert "saved" in saved and talk.with_suffix(".safetensors").stat().st_size > 1000
+        assert "a new conversation" in t.say("/reset", "\n> ")
+        assert "for 0 tokens" in t.say("/stats", "\n> ")
+        assert re.search(r"loaded [\d,]+ tokens", t.say(f"/load {talk}", "\n> "))
+        # Asked again after it was loaded, only the question is read.
+        t.say(question, r"\n?\[")
+        read = t.until(r" tokens read at.*\r\n> ")
+        assert int(read.replace(",", "")) < 40 < int(loaded_tokens.replace(",", ""))
+        assert "error: /save: expected a file name" in t.say("/save", "\n> ")
+        assert "no such file" in t.say("/load none", "\n> ")
+        assert "no such command" in t.say("/nonsense", "\n> ")
+        assert "/reset" in t.say("/help", "\n> ")
+        os.write(t.fd, b"\x03")  # Ctrl-C at the prompt
+        t.until("Ctrl-D")
+        t.until("> ")
+        os.write(t.fd, b"\x04")  # Ctrl-D
+        assert t.end() == 0
+        assert "KV cache: " in t.text
+    finally:
+        os.close(t.fd)
+
+
+def test_ctrl_c_stops_the_answer(tmp_path):
+    """An answer without an end: plain completion, sampled so that it does not stop by itself."""
+    t = Terminal(
+        *("--model", str(demo.CHECKPOINT), "--ignore-chat-template", "--max-tokens", "20000"),
+        *("--temp", "30", "--seed", "3"),
+    )
+    try:
+        t.until("> ")
+        for _ in range(2):
+            os.write(t.fd, b"The locker\n")
+            t.until(r"locker\r\n(?s:.{20})")  # the echo, and some of the answer
+            os.write(t.fd, b"\x03")
+            t.until(r"\[stopped; (?s:.*)> ", 20)
+        assert "KV cache" in t.say("/stats", "\n> ")
+        t.say("/quit", "KV cache")
+        assert t.end() == 0
+    finally:
+        os.close(t.fd)
+
+
+def test_chat_in_a_pipe_and_ctrl_c_without_one(folder, tmp_path):
+    """Lines from a pipe are turns too; and one answer that is stopped ends with 130."""
+    program = [sys.executable, str(ROOT / "generate.py"), "--model", str(folder)]
+    lines = (
+        f"Maria's locker is 4821. Maria's locker?\n/save {tmp_path}/t\n/load {tmp_path}/t\n/stats\n"
+    )
+    r = subprocess.run(program, input=lines, capture_output=True, text=True, timeout=60)
+    assert r.returncode == 0 and r.stdout.count("KV cache: ") == 2, r
+    assert "Traceback" not in r.stderr
+    assert "(saved " in r.stdout and "(loaded " in r.stdout
+
+    endless = ["--ignore-chat-template", "-p", "a", "--temp", "30", "-m", "20000"]
+    p = subprocess.Popen([*program, *endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert p.stdout.read(20)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and b"KV cache" in err and b"Traceback" not in err

@@ -1,0 +1,228 @@
+"""The kernels through the whole model, executed on the CPU; and when they are chosen."""
+
+import warnings
+
+import mlx.core as mx
+import pytest
+
+from ksa_mlx import kernels, naive
+from ksa_mlx.attention import Step
+from ksa_mlx.cache import make_cache
+
+from . import metal_cpu
+from ._models import VARIANTS, build, tokens, worst
+
+# The official outputs again, this time by the kernels.
+from .test_goldens import (  # noqa: F401
+    converted,
+    golden,
+    test_decode,
+    test_greedy,
+    test_prefill,
+)
+
+pytestmark = pytest.mark.skipif(not metal_cpu.available(), reason=str(metal_cpu.unavailable()))
+
+DIM = dict(head_dim=32)
+
+
+@pytest.fixture(autouse=True)
+def log():
+    """All tests here run with the kernels forced, in the instrument."""
+    instrument = metal_cpu.running(reload=[kernels], check=False, pretend_gpu=False)
+    with instrument as log, kernels.using("metal"):
+        yield log
+
+
+def feed(model, text, sizes, cache):
+    """Logits of a text fed in pieces of these sizes, over and over."""
+    outs, at = [], 0
+    while at < text.shape[1]:
+        n = min(sizes[len(outs) % len(sizes)], text.shape[1] - at)
+        outs.append(model(text[:, at : at + n], cache=cache))
+        mx.eval(outs[-1], [c.state for c in cache])
+        at += n
+    return mx.concatenate(outs, axis=1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("sizes", [[1], [30, 1, 3, 9, 8, 2]], ids=str)
+def test_any_split(variant, sizes, log):
+    """Every edge of chunks and windows is crossed, one token at a time and several."""
+    model, text = build(**{**VARIANTS[variant], **DIM}), tokens(80, 2)
+    got = feed(model, text, sizes, make_cache(model, rollback=9 if len(sizes) > 1 else 0))
+    assert worst(got, naive.forward(model, text)) <= 1e-3
+    assert log.of("ksa_decode") and (len(sizes) == 1 or log.of("ksa_prefill"))
+
+
+@pytest.mark.parametrize("bits, text_bits", [(4, 4), (8, 8), (4, 8)])
+def test_quantised_caches(bits, text_bits, log):
+    """The same as MLX's operations on the same quantised cache.
+
+    One layer: in a second one the last bit decides which way the format rounds.
+    """
+    shape = dict(num_hidden_layers=1, head_dim=64, summary_sliding_chunk_num=2)
+    model, text = build(**shape), tokens(90, 2)
+
+    def caches():
+        cache = make_cache(model, text_bits=text_bits)
+        return [c.to_quantized(group_size=32, bits=bits) for c in cache]
+
+    got = feed(model, text, [1, 2, 40, 1], caches())
+    assert log.of("ksa_decode_quantized") and log.of("ksa_prefill")
+    with kernels.using("ops"):
+        expected = feed(model, text, [1, 2, 40, 1], caches())
+    assert worst(got, expected) <= 1e-4
+
+
+def test_a_decode_step_reads_what_it_sees(log):
+    """One launch a layer, no copy, and of the cache exactly the visible slots, once."""
+    model, text = build(summary_sliding_chunk_num=[2, 5, 1], **DIM), tokens(64)
+    cache = make_cache(model)
+    feed(model, text[:, :50], [50], cache)
+    for at in range(50, 64):
+        log.clear()
+        with metal_cpu.settings(check=True):
+            model(text[:, at : at + 1], cache=cache)
+        assert [launch.kernel for launch in log.launches] == ["ksa_decode"] * 3
+        for launch, held in zip(log.launches, cache):
+            start, stop = held.visible
+            assert not launch.copies
+            for buffer in (launch.buffers["keys"], launch.buffers["values"]):
+                assert buffer.touched[:, :, start:stop].all()
+                assert buffer.loaded_elements == buffer.touched.sum()
+                assert buffer.touched.sum() == buffer.touched[:, :, start:stop].size
+
+
+def test_a_model_in_training_uses_operations(log):
+    model, text = build(**DIM), tokens(40)
+    model.train()
+    feed(model, text, [30, 1], make_cache(model))
+    assert not log.launches
+
+
+def test_gradients_do_not_meet_the_kernels(log):
+    """Without a cache there is no kernel, in training or not."""
+    model, text = build(**DIM), tokens(40)
+
+    def loss(embedding):
+        return model(text, input_embeddings=embedding).square().mean()
+
+    gradient = mx.grad(loss)(model.model.embed_tokens(text))
+    assert mx.isfinite(gradient).all() and not log.launches
+
+
+# ---- Choosing
+
+
+def asks(choice=None, dtype=mx.float32, dim=64, heads=2, kernel="decode"):
+    queries, keys = mx.zeros((1, heads, 1, dim), dtype=dtype), mx.zeros((1, 1, 8, dim), dtype=dtype)
+    if choice is None:
+        return kernels.use(kernel, queries, keys)
+    with kernels.using(choice):
+        return kernels.use(kernel, queries, keys)
+
+
+def test_forced():
+    assert asks("metal") and not asks("ops")
+    assert not asks("auto"), "the default device is a CPU"
+
+
+def test_what_the_kernels_take():
+    assert not asks("metal", dim=72)
+    assert not asks("metal", heads=17)
+    assert not asks("metal", dtype=mx.int32)
+    x = mx.zeros((1, 1, 8, 64))
+    with kernels.using("metal"):
+        for bits in (2, 4, 6, 8):
+            packed = mx.quantize(x, group_size=32, bits=bits)
+            assert kernels.use("decode", x, packed) == (bits in (4, 8))
+            assert not kernels.use("decode", x.astype(mx.float16), packed)
+
+
+def test_the_environment(monkeypatch):
+    monkeypatch.setattr(kernels, "_override", None)
+    for value, expected in (("metal", True), ("ops", False), ("auto", False)):
+        monkeypatch.setenv("KSA_MLX_KERNELS", value)
+        assert asks() == expected
+        assert not asks("ops"), "the argument wins"
+    monkeypatch.setenv("KSA_MLX_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="KSA_MLX_KERNELS: found 'cuda', expected auto, metal or"):
+        asks()
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+def test_on_a_gpu_the_first_use_compares(kernel, dtype):
+    with metal_cpu.running(reload=[kernels], check=False) as log, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert asks("auto", dtype, kernel=kernel)
+        compared = len(log.launches)
+        assert compared in (1, 2)
+        assert asks("auto", dtype, kernel=kernel)
+        assert len(log.launches) == compared, "only the first use"
+
+
+@pytest.mark.parametrize("fault", ["differs", "does not compile", "wrong size"])
+def test_a_kernel_that_fails_is_replaced_with_one_warning(fault, monkeypatch):
+    def difference(*_):
+        if fault == "differs":
+            return 0.5
+        raise (RuntimeError if fault == "does not compile" else ValueError)("line 1: error")
+
+    with metal_cpu.running(reload=[kernels]):
+        monkeypatch.setattr(kernels, "_difference", difference)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for other in (dict(), dict(), dict(dim=128), dict(kernel="prefill")):
+                assert not asks("auto", **other)
+        assert asks("metal")
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert "report" in message and "macOS" in message and mx.__version__ in message
+
+
+def test_a_broken_source_is_noticed(monkeypatch):
+    """The self-check sees a kernel that computes something else."""
+    with metal_cpu.running(reload=[kernels], check=False):
+        text = kernels.source("attention.h")
+        monkeypatch.setattr(
+            kernels,
+            "source",
+            lambda name, source=kernels.source: (
+                text.replace("1.44269504f", "1.4f") if name == "attention.h" else source(name)
+            ),
+        )
+        with pytest.warns(RuntimeWarning, match="decode differs"):
+            assert not asks("auto")
+
+
+def test_sources_lie_beside_the_package_or_in_the_repository(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "ksa_mlx"
+    (package / "metal").mkdir(parents=True)
+    monkeypatch.setattr(kernels, "__file__", str(package / "kernels.py"))
+    with pytest.raises(FileNotFoundError, match="decode.metal: not found in .*reinstall"):
+        kernels.source("decode.metal")
+    (tmp_path / "site-packages" / "metal").mkdir()
+    (tmp_path / "site-packages" / "metal" / "decode.metal").write_text("repository")
+    assert kernels.source("decode.metal") == "repository"
+    (package / "metal" / "decode.metal").write_text("wheel")
+    assert kernels.source("decode.metal") == "wheel"
+
+
+def test_summary_rows_take_one_launch_of_mlx():
+    """No kernel of ours: all chunks are one batch of mx.fast.scaled_dot_product_attention."""
+    calls, original = [], mx.fast.scaled_dot_product_attention
+
+    def count(*args, **kwargs):
+        calls.append(args[0].shape)
+        return original(*args, **kwargs)
+
+    model = build(summary_sliding_chunk_num=[1, 1, 2000], **DIM)
+    mx.fast.scaled_dot_product_attention = count
+    try:
+        model(tokens(60), cache=make_cache(model))
+    finally:
+        mx.fast.scaled_dot_product_attention = original
+    rows = Step.plan(model.args, 0, 60, 0).chunks
+    assert [shape for shape in calls if shape[0] == rows] == [(rows, 4, 1, 32)]

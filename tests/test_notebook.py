@@ -1,0 +1,260 @@
+"""The notebook assistant: its data, its PyTorch reference, its weights.
+
+`tools/evaluate_notebook.py` prints the full figures; here they are checked at a small size.
+"""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import ksa_mlx
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "ksa_mlx" / "notebook"
+sys.path.insert(0, str(ROOT / "tools"))
+
+from notebook import data, evaluate  # noqa: E402
+from notebook.data import Composer, Style  # noqa: E402
+from notebook.tokenizer import load_tokenizer  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(SHIPPED / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return ksa_mlx.load(str(SHIPPED))[0]
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch", reason="the training reference needs PyTorch")
+
+
+def documents(tokenizer, n=20, length=300, seed=3, **style):
+    composer = Composer(tokenizer, random.Random(seed), Style(**style))
+    return [composer.document(length, 150) for _ in range(n)]
+
+
+# Data
+
+
+def test_documents_repeat_by_seed(tokenizer):
+    assert documents(tokenizer, 3) == documents(tokenizer, 3)
+    assert documents(tokenizer, 3) != documents(tokenizer, 3, seed=4)
+
+
+def test_sources_name_the_same_token(tokenizer):
+    for d in documents(tokenizer):
+        assert len(d.ids) == len(d.role) == len(d.source) == 301
+        asked = [t for t, s in enumerate(d.source) if s >= 0]
+        assert asked, "a document without a question teaches nothing"
+        for t in asked:
+            assert d.source[t] < t and d.ids[d.source[t]] == d.ids[t]
+            assert d.role[t] in (data.MARKER, data.FIRST, data.REST)
+
+
+def test_pieces_join_as_the_whole_text(tokenizer):
+    """Documents are encoded piece by piece; a chat encodes the whole text."""
+    for d in documents(tokenizer):
+        assert tokenizer.encode(tokenizer.decode(d.ids)) == d.ids
+
+
+def test_training_never_shows_what_is_held_out():
+    writer = data.Writer(random.Random(1), Style())
+    names = {writer.name() for _ in range(3000)}
+    assert not names & set(data.HELD_OUT_NAMES)
+    values = {writer.value(k) for k in evaluate.HELD_OUT_KINDS for _ in range(1000)}
+    assert not {v for v in values if len(v) > 2 and data.is_held_out(v, 10)}
+    held = data.Writer(random.Random(1), Style(held_out=True))
+    for _ in range(200):
+        assert held.name() in data.HELD_OUT_NAMES
+        assert data.is_held_out(held.number(), 10)
+
+
+# The PyTorch reference
+
+
+def tiny(torch, **sizes):
+    from notebook.model import NotebookConfig, NotebookModel
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=40, hidden_size=32, num_layers=3, head_dim=16, window=2) | sizes
+    return NotebookModel(NotebookConfig(**sizes)).eval()
+
+
+def dense(torch, model, ids):
+    """The model by its definition: text and summaries in one sequence under one mask."""
+    from notebook.model import rope_table, rotate
+
+    c, length = model.config, ids.shape[1]
+    chunks = length // c.chunk
+    position = torch.cat([torch.arange(length), torch.arange(c.chunk - 1, length, c.chunk)])
+    summary = torch.arange(length + chunks) >= length
+    chunk = position // c.chunk
+    same = chunk[:, None] == chunk[None]
+    text_sees = torch.where(
+        summary[None],
+        chunk[None] < chunk[:, None] - c.window,
+        (position[None] <= position[:, None]) & (chunk[:, None] - chunk[None] <= c.window),
+    )
+    summary_sees = same & (~summary[None] | torch.eye(length + chunks, dtype=torch.bool))
+    mask = torch.where(summary[:, None], summary_sees, text_sees)
+    table = rope_table(position[None], c)
+    embedding = model.model.embed_tokens.weight
+    rows = embedding[-1].expand(ids.shape[0], chunks, -1)
+    x = torch.cat([model.model.embed_tokens(ids), rows], 1)
+    for layer in model.model.layers:
+        a, h = layer.self_attn, layer.input_layernorm(x)
+
+        def heads(name):
+            base, own = (getattr(a, f"{name}_proj{s}")(h) for s in ("", "_summary"))
+            y = torch.where(summary[:, None], own, base).unflatten(-1, (-1, c.head_dim))
+            if name == "v":
+                return y.transpose(1, 2)
+            return rotate(getattr(a, f"{name}_norm")(y), table).transpose(1, 2)
+
+        q, k, v = heads("q"), heads("k"), heads("v")
+        groups = c.num_heads // c.num_kv_heads
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + a.o_proj(out.transpose(1, 2).flatten(2))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.model.norm(x[:, :length]) @ embedding[:-1].T
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_blocks_equal_the_definition(torch, window):
+    model = tiny(torch, window=window)
+    ids = torch.randint(0, 40, (2, 6 * 8 * window))
+    with torch.no_grad():
+        got, expected = model(ids), dense(torch, model, ids)
+        hidden = model(ids, hide_summaries=True)
+    assert (got - expected).abs().max() < 1e-4
+    assert (hidden - expected).abs().max() > 1e-3, "the summaries change nothing"
+
+
+def test_attention_of_selected_tokens_is_their_share(torch):
+    model = tiny(torch)
+    ids = torch.randint(0, 40, (1, 96))
+    with torch.no_grad():
+        _, log_share = model(
+            ids, select=(torch.tensor([0, 0]), torch.tensor([5, 90])), select_layer=1
+        )
+    share = log_share.exp()
+    assert share.shape == (2, 4, 12)
+    assert share[0].max() == 0, "the window is not full: no summary is visible"
+    visible = 90 // 8 - 2
+    assert (share[1, :, :visible] > 0).all() and share[1, :, visible:].max() == 0
+    assert (share[1].sum(-1) < 1).all(), "the text of the window has the rest"
+
+
+def test_training_learns_and_resumes(torch, tokenizer, tmp_path):
+    from notebook.model import NotebookConfig
+    from notebook.train import Level, train
+
+    said = []
+    options = dict(
+        lr=4e-3, seed=0, config=NotebookConfig(hidden_size=32, num_layers=3, head_dim=16),
+        levels=[Level(64, 4, Style(filler=0), 2.0)], say=said.append, report_every=10,
+    )  # fmt: skip
+    train(tokenizer, tmp_path, steps=20, **options)
+    go_on = train(tokenizer, tmp_path, steps=21, resume=True, **options)
+    answers = [float(s.split("answers ")[1].split()[0]) for s in said if s.startswith("step")]
+    assert len(answers) == 2 and answers[1] < answers[0]
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["progress"][0] == 21
+    assert all(torch.isfinite(p).all() for p in go_on.parameters())
+
+
+def logits_of_both(torch, folder, ids):
+    from notebook.export import read
+
+    model = ksa_mlx.load(str(folder))[0]
+    model.set_dtype(mx.float32)
+    block = read(folder).config.block
+    padded = ids + [0] * (-len(ids) % block)
+    with torch.no_grad():
+        reference = read(folder)(torch.tensor([padded]))[0, : len(ids)].numpy()
+    return reference, np.array(model(mx.array([ids]))[0]), model
+
+
+def test_export_loads_in_mlx(torch, tokenizer, tmp_path):
+    from notebook.export import export
+
+    model = tiny(torch, vocab_size=tokenizer.vocab_size())
+    export(model, SHIPPED / "tokenizer.model", tmp_path)
+    ids = documents(tokenizer, 1)[0].ids
+    reference, got, _ = logits_of_both(torch, tmp_path, ids)
+    assert np.abs(reference - got).max() <= 1e-3
+
+
+# The shipped weights
+
+
+def test_shipped_weights_agree_with_the_reference_at_4096_tokens(torch, tokenizer):
+    ids = documents(tokenizer, 1, length=4095)[0].ids
+    reference, got, model = logits_of_both(torch, SHIPPED, ids)
+    assert np.abs(reference - got).max() <= 1e-3
+    # The same through the cache, in two calls.
+    cache = model.make_cache()
+    model(mx.array([ids[:3001]]), cache=cache)
+    rest = np.array(model(mx.array([ids[3001:]]), cache=cache)[0])
+    assert np.abs(reference[3001:] - rest).max() <= 1e-3
+
+
+def test_shipped_weights_recall_through_summaries(shipped, tokenizer):
+    """512 tokens are 16 windows. The bounds leave room for chance: 40 questions."""
+    options = dict(notebooks=10, asked=4, seed=11)
+    seen = evaluate.recall(shipped, tokenizer, 512, **options)
+    hidden = evaluate.recall(shipped, tokenizer, 512, hide=True, **options)
+    assert seen.total == hidden.total >= 25
+    assert seen.recall >= 0.85
+    assert hidden.recall <= 0.1
+
+
+def test_hiding_summaries_is_undone(shipped):
+    ids = mx.array([[(7 * i) % 1000 + 300 for i in range(200)]])
+    before = shipped(ids)
+    with evaluate.hidden_summaries():
+        hidden = shipped(ids)
+    assert mx.array_equal(before, shipped(ids))
+    assert mx.array_equal(before[:, :40], hidden[:, :40]), "within the window nothing changes"
+    assert not mx.allclose(before[:, 60:], hidden[:, 60:], atol=1e-2)
+
+
+def test_shipped_folder_is_a_pytorch_checkpoint_of_bounded_size():
+    files = {f.name: f.stat().st_size for f in SHIPPED.iterdir()}
+    assert sum(files.values()) <= 8e6
+    assert {"config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"} <= set(
+        files
+    )
+    weights = mx.load(str(SHIPPED / "model.safetensors"))
+    assert all(w.dtype == mx.float16 for w in weights.values())
+    assert any(n.endswith("k_proj_summary.weight") for n in weights)
+
+
+# The commands
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["evaluate_notebook.py", "{}"], "tokenizer.model: no such file"),
+        (["train_notebook.py", "--out", "{}", "--resume"], "nothing to resume"),
+    ],
+)
+def test_faults_are_one_line(tmp_path, arguments, expected):
+    if arguments[0].startswith("train"):
+        pytest.importorskip("torch")
+    script, *rest = arguments
+    command = [sys.executable, str(ROOT / "tools" / script), *(a.format(tmp_path) for a in rest)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert expected in done.stderr and len(done.stderr.splitlines()) == 1
