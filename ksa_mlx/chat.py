@@ -60,31 +60,31 @@ def chat(session: Session):
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
+            if text.split(" ")[0].strip() == "/quit":
+                return
+            if text.startswith("/"):
+                _command(session, commands, text)
+            elif text.strip():
+                turn(session, text)
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
-            print("\n(Ctrl-D or /quit leaves)")
-            continue
-        if not text.strip():
-            continue
-        try:
-            if not text.startswith("/"):
-                turn(session, text)
-                continue
-            command, _, file = text.strip().partition(" ")
-            if command == "/quit":
-                return
-            if command not in commands:
-                raise SessionError(f"{command}: no such command; /help lists them")
-            takes_file = command in ("/save", "/load")
-            if takes_file != bool(file.strip()):
-                raise SessionError(f"{command}: expected {'a' if takes_file else 'no'} file name")
-            commands[command](session, Path(file.strip()).expanduser() if takes_file else None)
+            print("\n(Ctrl-D or /quit leaves)", flush=True)
         except SessionError as e:
             print(f"error: {e}", file=sys.stderr)
         except (OSError, RuntimeError, ValueError) as e:  # a bad file name, say: the chat goes on
             print(f"error: {line(e)}", file=sys.stderr)
+
+
+def _command(session: Session, commands: Dict[str, Callable], text: str):
+    command, _, file = text.strip().partition(" ")
+    if command not in commands:
+        raise SessionError(f"{command}: no such command; /help lists them")
+    takes_file = command in ("/save", "/load")
+    if takes_file != bool(file.strip()):
+        raise SessionError(f"{command}: expected {'a' if takes_file else 'no'} file name")
+    commands[command](session, Path(file.strip()).expanduser() if takes_file else None)
 
 
 def turn(session: Session, text: str, about: bool = True) -> bool:

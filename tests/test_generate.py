@@ -546,6 +546,22 @@ class Terminal:
         os.write(self.fd, line.encode() + b"\n")
         return self.until(pattern)
 
+    def ctrl_c_at_the_prompt(self, pattern: str):
+        """Press Ctrl-C, and again where nothing happens, as a person would.
+
+        One that comes between readline's prompt and its select() is seen by Python only at the
+        next key (CPython, Modules/readline.c: readline_until_enter_or_signal).
+        """
+        for _ in range(10):
+            os.write(self.fd, b"\x03")
+            try:
+                self.until(pattern, 3)
+                return
+            except AssertionError:
+                if self.text:
+                    raise
+        raise AssertionError(f"Ctrl-C ten times, and no {pattern!r}")
+
     def end(self) -> int:
         while select.select([self.fd], [], [], 30)[0]:
             try:
@@ -584,8 +600,7 @@ def test_chat_in_a_terminal(tmp_path):
         assert "no such file" in t.say("/load none", "\n> ")
         assert "no such command" in t.say("/nonsense", "\n> ")
         assert "/reset" in t.say("/help", "\n> ")
-        os.write(t.fd, b"\x03")  # Ctrl-C at the prompt
-        t.until("Ctrl-D")
+        t.ctrl_c_at_the_prompt("Ctrl-D")
         t.until("> ")
         os.write(t.fd, b"\x04")  # Ctrl-D
         assert t.end() == 0
