@@ -14,8 +14,8 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from . import kernels
 from .cache import join
-from .quantized import MixedRollingSummaryCache, mixed_attention
 from .naive import summary_positions
+from .quantized import MixedRollingSummaryCache, mixed_attention
 
 # Query rows a block in prefill: bounds the workspace at block x keys.
 BLOCK = 256
@@ -43,9 +43,7 @@ class Step:
     training: bool = False
 
     @classmethod
-    def plan(
-        cls, args, offset: int, length: int, summarised: int, cached: bool = True
-    ) -> "Step":
+    def plan(cls, args, offset: int, length: int, summarised: int, cached: bool = True) -> "Step":
         """Plan a call after `offset` tokens, of whose chunks the first `summarised` are done.
 
         `summary_positions` (rows,) int32 and, by window, the blocks of the layers that go block

@@ -1,7 +1,7 @@
 """Several sequences of different lengths in one batch, as mlx-lm's BatchGenerator runs them."""
 
 import copy
-from typing import Any, List, Optional
+from typing import List, Optional
 
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, _BaseCache
@@ -46,7 +46,9 @@ class BatchRollingSummaryCache(_BaseCache):
     def prepare(self, *, left_padding=None, lengths=None, right_padding=None):
         """Announce a prompt whose row b has lengths[b] tokens and then padding."""
         if left_padding is not None and max(left_padding) > 0:
-            raise ValueError(f"left_padding: found {max(left_padding)}, expected none; pad on the right")
+            raise ValueError(
+                f"left_padding: found {max(left_padding)}, expected none; pad on the right"
+            )
         if right_padding is not None and max(right_padding) > 0:
             self._left = list(lengths)
 

@@ -53,7 +53,7 @@ def ksa_args(shape: str, pure: bool = False) -> ModelArgs:
             summary_chunk_size=8,
             summary_token_num=1,
             summary_token_begin=dims["vocab_size"] - 1,
-            summary_sliding_chunk_num=f"([128]*{4 if pure else 3}+[17408]*{0 if pure else 1})*{blocks}",
+            summary_sliding_chunk_num=[128, 128, 128, 128 if pure else 17408] * blocks,
             summary_chunk_position_ids_type="origin",
             summary_token_position_ids_type="last_chunk_slice_right",
             summary_independent_parameters=True,
@@ -84,7 +84,9 @@ def filled(cache, args: ModelArgs, n: int, dtype: mx.Dtype, random: bool = True)
         cache.reserve(chunks, n, like, like)
         cache.offset, cache.summarised, cache._oldest = n, chunks, chunks
     else:
-        cache.keys = cache.values = mx.zeros((*like.shape[:2], -(-n // 256) * 256, args.head_dim), dtype)
+        cache.keys = cache.values = mx.zeros(
+            (*like.shape[:2], -(-n // 256) * 256, args.head_dim), dtype
+        )
         cache.offset = n
     if random:
         cache.keys = mx.random.normal(cache.keys.shape, dtype)
@@ -235,7 +237,11 @@ def report(results: Dict[str, Any]) -> str:
             table(
                 head,
                 [
-                    [str(r["tokens"]), f"{r['median_s']['qwen3']:.2f}", f"{r['median_s']['ksa']:.2f}"]
+                    [
+                        str(r["tokens"]),
+                        f"{r['median_s']['qwen3']:.2f}",
+                        f"{r['median_s']['ksa']:.2f}",
+                    ]
                     + [spread(r["speedup"])]
                     + [size(r["peak_bytes"][k]) for k in ("qwen3", "ksa")]
                     for r in results["prefill"]
@@ -308,12 +314,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--pure", action="store_true", help="windowed layers only, no full ones")
     p.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     p.add_argument(
-        "--contexts", type=int, nargs="*", default=[512, 840, 16384, 65536, 131072], metavar="N",
+        "--contexts",
+        type=int,
+        nargs="*",
+        default=[512, 840, 16384, 65536, 131072],
+        metavar="N",
         help="contexts for decode, filled with random keys",
     )
     p.add_argument("--prefill", type=int, nargs="*", default=[1024], metavar="N")
     p.add_argument(
-        "--kv-bits", type=int, nargs="*", default=[], choices=[4, 8], help="quantised caches instead"
+        "--kv-bits",
+        type=int,
+        nargs="*",
+        default=[],
+        choices=[4, 8],
+        help="quantised caches instead",
     )
     p.add_argument("--steps", type=int, default=160, help="decode steps a context")
     p.add_argument("--turns", type=int, default=5, help="prefills (1 above 8192 tokens)")
@@ -347,9 +362,7 @@ def main(argv=None):
         text, results["kernels"] = run(args, options.contexts, dtype, options.steps, options.turns)
         print("{machine}, {device}, {dtype}, {shape} shape\n".format(**results) + text)
         return write(results, options.json)
-    results["held_4b"] = {
-        n: held_bytes("4b", n, mx.bfloat16) for n in (1024, 16384, 65536, 131072)
-    }
+    results["held_4b"] = {n: held_bytes("4b", n, mx.bfloat16) for n in (1024, 16384, 65536, 131072)}
     ksa, full = build(args, dtype)
     if options.kv_bits:
         from . import benchmark_kv

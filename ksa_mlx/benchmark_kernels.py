@@ -139,7 +139,7 @@ def prefill(args: ModelArgs, n: int, dtype: mx.Dtype, rows: int) -> Case:
 def cases(
     args: ModelArgs, contexts: Sequence[int], dtype: mx.Dtype, layers: int, rows: int
 ) -> Iterator[Case]:
-    """All kernels at each context; prefill where text has left the window, as before it is MLX's."""
+    """All kernels at each context; prefill where text has left the window, MLX's before."""
     k, _, window = windowed(args)
     for n in contexts:
         for bits in (16, 8, 4):
@@ -155,7 +155,7 @@ def chain(layers: List[Attend], x: mx.array) -> mx.array:
 
 
 def error(case: Case) -> float:
-    """The kernel's largest difference from attention in float32, as a share of the largest value."""
+    """The kernel's largest difference from float32 attention, a share of the largest value."""
     got = case.kernel[-1](case.queries).astype(mx.float32)
     expected = case.exact(case.queries.astype(mx.float32))
     return (mx.abs(got - expected).max() / mx.abs(expected).max()).item()
@@ -230,11 +230,12 @@ def times_report(rows: List[Dict[str, Any]]) -> str:
         for r in rows
     ]
     return (
-        "Medians, one layer; faster: ratio of MLX's operations to the kernel, turn by turn (quartiles)\n\n"
+        "Medians, one layer; faster: ratio of MLX's operations to the kernel, turn by turn "
+        "(quartiles)\n\n"
         + table([*head, "kernel GFLOP/s", "error"], lines)
-        + "\nGB/s: keys and values that the queries see, once a KV head in decode, once for 32 rows of a head\n"
-        "in prefill (whose threadgroups may find them in a cache). A copy reads and writes. "
-        + ERROR
+        + "\nGB/s: keys and values that the queries see, once a KV head in decode, once for 32 "
+        "rows of a head\nin prefill (whose threadgroups may find them in a cache). A copy reads "
+        "and writes. " + ERROR
     )
 
 
@@ -254,13 +255,13 @@ def counts_report(rows: List[Dict[str, Any]]) -> str:
     return (
         "Exact counts of one layer's attention, executed on the CPU: no times\n\n"
         + table(head, lines)
-        + "\nVisible: keys and values that the queries see, once a KV head in decode, once for 32 rows of a\n"
-        "head in prefill. Barriers: passed by whole threadgroups. " + ERROR
+        + "\nVisible: keys and values that the queries see, once a KV head in decode, once for 32 "
+        "rows of a\nhead in prefill. Barriers: passed by whole threadgroups. " + ERROR
     )
 
 
 def instrument():
-    """tests/metal_cpu of the clone that this file lies in. SystemExit if it is not there or cannot run."""
+    """tests/metal_cpu of the clone that this file lies in. SystemExit if it cannot be run."""
     root = Path(__file__).resolve().parents[1]
     needs = "kernels: no Metal device here; needed is a Mac, or a clone of the project with clang"
     if not (root / "tests" / "metal_cpu" / "__init__.py").is_file():

@@ -130,7 +130,7 @@ class RollingSummaryCache(_BaseCache):
 
     @property
     def summaries_end(self) -> int:
-        """The slot behind the summaries: summary j of the text lies in slot summaries_end - 1 - j."""
+        """The slot behind the summaries: summary j of the text lies in summaries_end - 1 - j."""
         return self._left
 
     # Reading on

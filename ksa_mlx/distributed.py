@@ -1,8 +1,8 @@
 """A KSA model on several machines: tensor parallel (`shard`) or layer by layer (`Pipeline`).
 
-Both are what mlx-lm's `sharded_load` asks of a model. Tensor parallel: every machine has every layer
-and a share of its heads, KV heads (so also of its KV cache) and MLP. Pipeline: every machine has some
-layers and their caches.
+Both are what mlx-lm's `sharded_load` asks of a model. Tensor parallel: every machine has every
+layer and a share of its heads, KV heads (so also of its KV cache) and MLP. Pipeline: every machine
+has some layers and their caches.
 """
 
 from typing import Any, List, Optional

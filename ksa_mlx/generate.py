@@ -81,9 +81,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     p.add_argument(
         "--num-draft-tokens", type=number(int, 1), default=3, help="Tokens it proposes at a time."
     )
-    p.add_argument(
-        "--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="Quantise the KV cache."
-    )
+    p.add_argument("--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="Quantise the KV cache.")
     p.add_argument(
         "--kv-text-bits",
         type=int,

@@ -88,7 +88,9 @@ class Attention(nn.Module):
         if self.args.summary_chunk_position_ids_type == "origin":
             return self.rope(x, offset=offset)
         positions = mx.array(offset).reshape(-1, 1) + mx.arange(x.shape[2])
-        positions = mx.broadcast_to(positions % self.args.summary_chunk_size, (x.shape[0], x.shape[2]))
+        positions = mx.broadcast_to(
+            positions % self.args.summary_chunk_size, (x.shape[0], x.shape[2])
+        )
         return self._rope_at(x.swapaxes(1, 2), positions)
 
     def _rope_at(self, x: mx.array, positions: mx.array) -> mx.array:

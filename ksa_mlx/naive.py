@@ -1,7 +1,7 @@
 """Who sees whom in a KSA model: the definition (paper section 3; official prefill).
 
-Everything else in the package is tested against this page. It is written to be read, not to be fast:
-every summary of every complete chunk is computed, and attention is dense.
+Everything else in the package is tested against this page. It is written to be read, not to be
+fast: every summary of every complete chunk is computed, and attention is dense.
 """
 
 import mlx.core as mx
@@ -33,7 +33,9 @@ def visibility(n: int, chunk: int, s: int, window: int) -> np.ndarray:
 def text_positions(args, start: int, stop: int) -> np.ndarray:
     """RoPE positions of the text tokens start .. stop - 1."""
     p = np.arange(start, stop)
-    return p % args.summary_chunk_size if args.summary_chunk_position_ids_type == "inner_chunk" else p
+    return (
+        p % args.summary_chunk_size if args.summary_chunk_position_ids_type == "inner_chunk" else p
+    )
 
 
 def summary_positions(args, first: int, last: int) -> np.ndarray:

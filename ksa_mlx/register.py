@@ -67,7 +67,7 @@ def _without_model_file(load_model):
 
 
 def warn_of_max_kv_size():
-    """To be called by `Model.make_cache`: warn if mlx-lm's `make_prompt_cache` calls it with a limit.
+    """For `Model.make_cache`: warn if mlx-lm's `make_prompt_cache` calls it with a limit.
 
     mlx-lm's commands take `--max-kv-size` and drop it without a word for models with caches of
     their own; only the caller's frame still has it.

@@ -62,11 +62,11 @@ class PromptCache(LRUPromptCache):
 class ResponseGenerator(mlx_lm.server.ResponseGenerator):
     """mlx-lm's, with a request's number of draft tokens within the model's reach."""
 
-    def _serve_single(self, request, stream):
+    def _serve_single(self, request, *stream):  # mlx-lm 0.31 has no stream
         args, rollback = request[-1], getattr(self.model_provider.model, "rollback", 0)
         if rollback:
             args.num_draft_tokens = min(args.num_draft_tokens, rollback)
-        super()._serve_single(request, stream)
+        super()._serve_single(request, *stream)
 
 
 def install():

@@ -91,7 +91,9 @@ def refused(action, message):
 
 def refusals():
     refused(lambda: build(intermediate_size=49).shard(world), "intermediate_size: found 49")
-    refused(lambda: build(num_hidden_layers=1).model.pipeline(world), "found a split of [1, 0] layers")
+    refused(
+        lambda: build(num_hidden_layers=1).model.pipeline(world), "found a split of [1, 0] layers"
+    )
     # Summary rows would cross a rank that has no cache to plan them from.
     full_first = build(num_hidden_layers=4, summary_sliding_chunk_num="[2000]*2+[1]*2").model
     refused(lambda: full_first.pipeline(world), "found no windowed layer among layers 0 to 1")

@@ -143,8 +143,10 @@ def test_batch_generator_with_late_comers(name):
             order[generator.insert([prompt], max_tokens=[20 + i])[0]] = i
         for r in generator.next_generated():
             answers.setdefault(r.uid, []).append(r.token)
-        if not waiting and len(answers) == 7 and all(
-            len(a) >= 20 + order[u] for u, a in answers.items()
+        if (
+            not waiting
+            and len(answers) == 7
+            and all(len(a) >= 20 + order[u] for u, a in answers.items())
         ):
             break
     generator.close()

@@ -19,7 +19,7 @@ from mlx_lm.utils import load
 from ksa_mlx import naive
 
 from ._convert_helpers import add_tokenizer, convert, hub_folder
-from ._models import VARIANTS, build, tokens, worst
+from ._models import OLD_MLX_LM, VARIANTS, build, tokens, worst
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,8 @@ def test_evaluate_loglikelihoods(scorer):
         ids = encode(context + rest, True)
         expected = log_probs(model, ids)[len(encode(context, True)) - 1 :].sum().item()
         assert score == pytest.approx(expected, abs=2e-3)
+    if OLD_MLX_LM:
+        pytest.skip("mlx-lm 0.31 counts one token too many in loglikelihood_rolling")
     rolling = lm.loglikelihood_rolling([types.SimpleNamespace(args=(c + r,)) for c, r in pairs])
     for (context, rest), score in zip(pairs, rolling):
         expected = log_probs(model, encode(context + rest, True)).sum().item()
@@ -202,7 +204,9 @@ def test_logits_processors_see_the_text():
     processors = [forbid_even, *make_logits_processors(repetition_penalty=1.5)]
     found = [t for t, _ in generate_step(text, model, max_tokens=12, logits_processors=processors)]
     assert all(t % 2 for t in found) and any(t % 2 == 0 for t in plain)
-    assert seen[:12] == list(range(40, 52))
+    # mlx-lm 0.31 shows a processor the prompt's last token only.
+    first = 1 if OLD_MLX_LM else 40
+    assert seen[:12] == list(range(first, first + 12))
 
 
 @pytest.mark.feature(

@@ -2,7 +2,6 @@
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
@@ -12,7 +11,7 @@ import ksa_mlx
 from ksa_mlx import naive
 from ksa_mlx.attention import BATCH, Step
 
-from ._models import BASE, VARIANTS, build, tokens, worst
+from ._models import VARIANTS, build, tokens, worst
 
 
 def plain_qwen3(model):
@@ -213,9 +212,7 @@ def test_gradients_are_those_of_the_definition(name):
 
 def test_quantised_full_layers():
     """The pending chunks' keys are read from mlx-lm's cache, also from a quantised one."""
-    model = build(
-        summary_sliding_chunk_num=[1, 2000, 1], head_dim=32, hidden_size=64, mix_coeff=0
-    )
+    model = build(summary_sliding_chunk_num=[1, 2000, 1], head_dim=32, hidden_size=64, mix_coeff=0)
     text = tokens(90)
     exact, cache = model(text), model.make_cache()
     outs = []

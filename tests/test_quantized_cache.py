@@ -105,8 +105,13 @@ def test_through_generate_step():
         cache = ksa_mlx.make_cache(model, text_bits=text_bits)
         out = list(
             generate_step(
-                prompt, model, max_tokens=30, prompt_cache=cache,
-                kv_bits=8, kv_group_size=32, quantized_kv_start=start,
+                prompt,
+                model,
+                max_tokens=30,
+                prompt_cache=cache,
+                kv_bits=8,
+                kv_group_size=32,
+                quantized_kv_start=start,
             )
         )
         assert len(out) == 30

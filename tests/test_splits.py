@@ -54,7 +54,9 @@ def test_uncached(name, batch):
 
 @pytest.mark.parametrize("name", VARIANTS)
 @settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_any_split(name, data):

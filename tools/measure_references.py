@@ -22,12 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import mlx.core as mx  # noqa: E402
-
-import ksa_mlx  # noqa: E402
-from ksa_mlx.sources import trace_answer  # noqa: E402
 from notebook.data import END, Style, Writer  # noqa: E402
 from notebook.evaluate import answer, notebook  # noqa: E402
 from notebook.tokenizer import load_tokenizer  # noqa: E402
+
+import ksa_mlx  # noqa: E402
+from ksa_mlx.sources import trace_answer  # noqa: E402
 
 LENGTHS = (64, 160, 320, 640, 1280)  # tokens of notes
 

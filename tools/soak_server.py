@@ -156,7 +156,7 @@ def soak(
     if status != 200:
         faults.append(f"/health: {status}")
     # A client that hangs up is worth a broken pipe in mlx-lm's log, and nothing else is.
-    errors = [l for l in text.splitlines() if l.split(":")[0].endswith(("Error", "Exception"))]
+    errors = [x for x in text.splitlines() if x.split(":")[0].endswith(("Error", "Exception"))]
     faults += [e for e in errors if not e.startswith(("BrokenPipeError", "ConnectionResetError"))]
     return {
         "seconds": took,
