@@ -224,8 +224,13 @@ class ModelArgs(BaseModelArgs):
             self._check(name, lambda v: v is None or isinstance(v, dict), "a JSON object or null")
         if self.rope_parameters:
             # transformers >= 5 nests both under rope_parameters.
+            theta = self.rope_parameters.get("rope_theta")
             if self.rope_theta is None:
-                self.rope_theta = self.rope_parameters.get("rope_theta")
+                self.rope_theta = theta
+            elif theta is not None and theta != self.rope_theta:
+                raise ConfigError(
+                    "rope_parameters.rope_theta", theta, f"rope_theta = {self.rope_theta}"
+                )
             if self.rope_scaling is None:
                 self.rope_scaling = self.rope_parameters
         self._check("rope_theta", lambda v: _number(v) and v > 0, "a positive number")

@@ -231,10 +231,8 @@ def _convert(path, raw, config, file, folder, limit, dtype, quantization, recipe
     dtype = dtype if dtype in MODEL_CONVERSION_DTYPES else None
     if dtype:
         config["torch_dtype"] = dtype
-    try:
-        model = Model(args)  # lazy: its weights are never computed
-    except (ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{file}: rope_scaling: {line(e)}") from None
+        config.pop("dtype", None)  # transformers 5's name for the same
+    model = Model(args)  # lazy: its weights are never computed
     quantized: Dict[str, nn.Module] = {}
     if quantization:
         quantized, config = _quantization(model, config, quantization, recipe)
@@ -346,7 +344,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except CheckpointError as e:
+    except (CheckpointError, ConfigError) as e:
         print(f"error: {e}", file=sys.stderr)
     except OSError as e:
         print(f"error: {e.filename or args.mlx_path}: {e.strerror or line(e)}", file=sys.stderr)

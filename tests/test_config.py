@@ -135,6 +135,7 @@ MISSING = object()
         ("rope_theta", float("inf"), "positive"),
         ("rope_parameters", "yarn", "JSON object"),
         ("rope_scaling", [1], "JSON object"),
+        ("rope_parameters", {"rope_theta": 5.0}, "rope_theta = "),
         ("head_dim", 31, "even"),
         *((f, MISSING, f) for f in ("hidden_size", "vocab_size", "summary_chunk_size")),
     ],

@@ -111,10 +111,12 @@ def test_memory_is_one_shard(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dtype(dtype, tmp_path):
-    assert convert(HYBRID, tmp_path / "mlx", "--dtype", dtype) == 0
+    source = hub_folder(tmp_path / "source", dtype="float32")
+    assert convert(source, tmp_path / "mlx", "--dtype", dtype) == 0
     weights = mx.load(str(tmp_path / "mlx" / WEIGHTS))
     assert {w.dtype for w in weights.values()} == {getattr(mx, dtype)}
-    assert read_config(tmp_path / "mlx")["torch_dtype"] == dtype
+    config = read_config(tmp_path / "mlx")
+    assert config["torch_dtype"] == dtype and "dtype" not in config
     expected = load_file(HYBRID / WEIGHTS)["model.norm.weight"]
     assert mx.array_equal(
         weights["model.norm.weight"], mx.array(expected).astype(getattr(mx, dtype))

@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 
 import ksa_mlx
+from ksa_mlx.rollback import ROLLBACK
 
 from ._convert_helpers import GOLDENS, convert, refused
 
@@ -113,3 +114,9 @@ def test_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr("ksa_mlx.save.mx.save_safetensors", interrupt)
     assert convert(HYBRID, tmp_path / "mlx") == 130
     assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_environment_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(ROLLBACK, "some")
+    message = refused(capsys, HYBRID, tmp_path / "mlx")
+    assert message == f"error: {ROLLBACK}: found 'some', expected an integer of at least 0"
