@@ -110,9 +110,9 @@ class Step:
         """Summary rows of this call."""
         return self.chunks * self.args.summary_token_num
 
-    def use_kernel(self, name: str, queries: mx.array, keys) -> bool:
+    def use_kernel(self, name: str, queries: mx.array, *keys) -> bool:
         """Whether a Metal kernel computes cached attention; it has no gradient."""
-        return not self.training and kernels.use(name, queries, keys)
+        return not self.training and kernels.use(name, queries, *keys)
 
     def in_pieces(self, window: int) -> bool:
         """Whether a cached call goes piece by piece: few rows, or all text within the window."""
@@ -225,9 +225,7 @@ def _pieces(queries, keys, values, has_rows, cache, step, window):
         mixed, own = isinstance(cache, MixedRollingSummaryCache), ()
         if mixed and cache.visible_summaries:
             own = cache.summary_keys, cache.summary_values, cache.visible_summaries
-        if b - a <= kernels.ROWS and all(
-            step.use_kernel("decode", queries, x) for x in (buffers[0], *own[:1])
-        ):
+        if b - a <= kernels.ROWS and step.use_kernel("decode", rows, buffers[0], *own[:1]):
             outputs.append(kernels.decode_last(rows, *buffers, start, stop, *own))
             continue
         views = tree_map(lambda x: x[:, :, start:stop], tuple(buffers))

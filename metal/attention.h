@@ -10,6 +10,9 @@ constant constexpr float kLowest = -3.402823466e+38f;
 // Query rows of one launch, and so rows in a table of bounds.
 constant constexpr int kRows = 8;
 
+// Private arrays are registers only where the loops over them are unrolled.
+#define KSA_UNROLL _Pragma("clang loop unroll(full)")
+
 // ---- Decode: a simdgroup holds C query rows, its lanes neighbouring elements of each.
 
 // Elements of a head that a lane holds. Lanes beyond head_dim / elements(head_dim) hold zeros.
@@ -30,7 +33,9 @@ template <int D, int C, typename T>
 inline void start(thread Rows<D, C>& rows, const device T* queries, int first, int count, uint lane) {
   constexpr int E = elements(D);
   const float scale = 1.44269504f * precise::rsqrt(static_cast<float>(D));
+  KSA_UNROLL
   for (int c = 0; c < C; c++) {
+    KSA_UNROLL
     for (int e = 0; e < E; e++) {
       const int i = static_cast<int>(lane) * E + e;
       const bool held = i < D && first + c < count;
@@ -49,8 +54,10 @@ inline void attend(
     thread Rows<D, C>& rows, const thread float* key, const thread float* value, uint seen, int first, int count) {
   constexpr int E = elements(D);
   int row = first % count;
+  KSA_UNROLL
   for (int c = 0; c < C; c++) {
     float score = 0.0f;
+    KSA_UNROLL
     for (int e = 0; e < E; e++) {
       score += rows.query[c][e] * key[e];
     }
@@ -61,6 +68,7 @@ inline void attend(
     const float weight = sees ? fast::exp2(score - best) : 0.0f;
     rows.best[c] = best;
     rows.sum[c] = rows.sum[c] * fade + weight;
+    KSA_UNROLL
     for (int e = 0; e < E; e++) {
       rows.out[c][e] = rows.out[c][e] * fade + weight * value[e];
     }
@@ -79,8 +87,10 @@ struct Plain {
 template <int E, typename T>
 inline void read(const device T* from, thread float* to) {
   constexpr int width = E < 4 ? E : 4;
+  KSA_UNROLL
   for (int e = 0; e < E; e += width) {
     const vec<T, width> some = *reinterpret_cast<const device vec<T, width>*>(from + e);
+    KSA_UNROLL
     for (int i = 0; i < width; i++) {
       to[e + i] = static_cast<float>(some[i]);
     }
@@ -95,6 +105,7 @@ inline void load(const thread Plain<T>& cache, int slot, uint lane, thread float
     read<E>(cache.keys + at, key);
     read<E>(cache.values + at, value);
   } else {
+    KSA_UNROLL
     for (int e = 0; e < E; e++) {
       key[e] = 0.0f;
       value[e] = 0.0f;
@@ -151,6 +162,7 @@ inline void unpack(
       high = bytes == 8 ? row[of * 2 + 1] : 0u;
     }
   }
+  KSA_UNROLL
   for (int e = 0; e < E; e++) {
     const uint bits = e * BITS < 32 ? low >> (e * BITS % 32) : high >> (e * BITS % 32);
     out[e] = scale * static_cast<float>(bits & ((1u << BITS) - 1u)) + bias;
@@ -257,6 +269,7 @@ inline void visit(
       threadgroup_barrier(mem_flags::mem_threadgroup);
       for (int i = static_cast<int>(simdgroup); i < size; i += N) {
         load<D>(cache, start + i, lane, key, value);
+        KSA_UNROLL
         for (int e = 0; e < E; e++) {
           tile[2 * i * 32 * E + lane * E + e] = key[e];
           tile[(2 * i + 1) * 32 * E + lane * E + e] = value[e];
@@ -264,6 +277,7 @@ inline void visit(
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       for (int i = 0; i < size; i++) {
+        KSA_UNROLL
         for (int e = 0; e < E; e++) {
           key[e] = tile[2 * i * 32 * E + lane * E + e];
           value[e] = tile[(2 * i + 1) * 32 * E + lane * E + e];
@@ -284,18 +298,21 @@ inline void merge(
     uint lane) {
   constexpr int E = elements(D);
   if (lane == 0) {
+    KSA_UNROLL
     for (int c = 0; c < C; c++) {
       stats[2 * (simdgroup * C + c)] = rows.best[c];
       stats[2 * (simdgroup * C + c) + 1] = rows.sum[c];
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  KSA_UNROLL
   for (int c = 0; c < C; c++) {
     float best = kLowest;
     for (int n = 0; n < N; n++) {
       best = max(best, stats[2 * (n * C + c)]);
     }
     const float fade = fast::exp2(rows.best[c] - best);
+    KSA_UNROLL
     for (int e = 0; e < E; e++) {
       outs[(simdgroup * 32 + lane) * E + e] = rows.out[c][e] * fade;
     }
@@ -303,11 +320,13 @@ inline void merge(
     if (static_cast<int>(simdgroup) == c % N) {
       rows.best[c] = best;
       rows.sum[c] = 0.0f;
+      KSA_UNROLL
       for (int e = 0; e < E; e++) {
         rows.out[c][e] = 0.0f;
       }
       for (int n = 0; n < N; n++) {
         rows.sum[c] += stats[2 * (n * C + c) + 1] * fast::exp2(stats[2 * (n * C + c)] - best);
+        KSA_UNROLL
         for (int e = 0; e < E; e++) {
           rows.out[c][e] += outs[(n * 32 + lane) * E + e];
         }
@@ -324,6 +343,7 @@ inline void store(const thread Rows<D, C>& rows, int c, device O* out, uint lane
   // A row that sees nothing gives zeros.
   const float by = PARTIAL || rows.sum[c] == 0.0f ? 1.0f : 1.0f / rows.sum[c];
   if (lane * E < D) {
+    KSA_UNROLL
     for (int e = 0; e < E; e++) {
       out[lane * E + e] = static_cast<O>(rows.out[c][e] * by);
     }

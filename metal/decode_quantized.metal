@@ -47,6 +47,7 @@ if (TILE == 0) {
   merge<D, C, N>(rows, tile, stats, simdgroup, lane);
 }
 out += (PARTIAL ? which * splits + split : which) * count * (PARTIAL ? D + 2 : D);
+KSA_UNROLL
 for (int c = 0; c < C; c++) {
   if (first + c < count && (TILE != 0 || static_cast<int>(simdgroup) == c % N)) {
     store<D, C, PARTIAL>(rows, c, out + (first + c) * (PARTIAL ? D + 2 : D), lane);

@@ -68,9 +68,11 @@ simdgroup_float8x8 out_of[B8];
 simdgroup_float8x8 scores[K / 8];
 float best = kLowest;
 float sum = 0.0f;
+KSA_UNROLL
 for (int d = 0; d < B8; d++) {
   out_of[d] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   if (D <= 128) {
+    KSA_UNROLL
     for (int i = 0; i < 2; i++) {
       queries_of[d].thread_elements()[i] = row < rows ? static_cast<float>(queries[(at + row) * D + d * 8 + x + i]) : 0.0f;
     }
@@ -95,18 +97,23 @@ for (int t = 0; t < tiles; t++) {
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
+  KSA_UNROLL
   for (int j = 0; j < K / 8; j++) {
     scores[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   }
+  KSA_UNROLL
   for (int d = 0; d < B8; d++) {
     if (D <= 128) {
       query = queries_of[D <= 128 ? d : 0];
     } else {
+      KSA_UNROLL
       for (int i = 0; i < 2; i++) {
         query.thread_elements()[i] = row < rows ? static_cast<float>(queries[(at + row) * D + d * 8 + x + i]) : 0.0f;
       }
     }
+    KSA_UNROLL
     for (int j = 0; j < K / 8; j++) {
+      KSA_UNROLL
       for (int i = 0; i < 2; i++) {
         key.thread_elements()[i] = static_cast<float>(tile[(j * 8 + x + i) * LD + d * 8 + y]);
       }
@@ -120,7 +127,9 @@ for (int t = 0; t < tiles; t++) {
   const int from = summary ? 0 : sees_from;
   const int to = summary ? sees_summaries : sees_to;
   float highest = best;
+  KSA_UNROLL
   for (int j = 0; j < K / 8; j++) {
+    KSA_UNROLL
     for (int i = 0; i < 2; i++) {
       const int at_key = begin + j * 8 + x + i;
       const float score = scores[j].thread_elements()[i] * scale;
@@ -134,7 +143,9 @@ for (int t = 0; t < tiles; t++) {
   const float fade = fast::exp2(best - highest);
   best = highest;
   float weights = 0.0f;
+  KSA_UNROLL
   for (int j = 0; j < K / 8; j++) {
+    KSA_UNROLL
     for (int i = 0; i < 2; i++) {
       const float weight = fast::exp2(scores[j].thread_elements()[i] - best);
       scores[j].thread_elements()[i] = weight;
@@ -155,11 +166,15 @@ for (int t = 0; t < tiles; t++) {
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
+  KSA_UNROLL
   for (int d = 0; d < B8; d++) {
+    KSA_UNROLL
     for (int i = 0; i < 2; i++) {
       out_of[d].thread_elements()[i] *= fade;
     }
+    KSA_UNROLL
     for (int j = 0; j < K / 8; j++) {
+      KSA_UNROLL
       for (int i = 0; i < 2; i++) {
         key.thread_elements()[i] = static_cast<float>(tile[(j * 8 + y) * LD + d * 8 + x + i]);
       }
@@ -170,7 +185,9 @@ for (int t = 0; t < tiles; t++) {
 
 if (row < length) {
   const float by = row < rows ? 1.0f / sum : 0.0f;
+  KSA_UNROLL
   for (int d = 0; d < B8; d++) {
+    KSA_UNROLL
     for (int i = 0; i < 2; i++) {
       out[(at + row) * D + d * 8 + x + i] = static_cast<T>(out_of[d].thread_elements()[i] * by);
     }

@@ -158,9 +158,41 @@ def test_on_a_gpu_the_first_use_compares(kernel, dtype):
         warnings.simplefilter("error")
         assert asks("auto", dtype, kernel=kernel)
         compared = len(log.launches)
-        assert compared in (1, 2)
+        # Decode in one launch, and split; prefill.
+        assert compared == (3 if kernel == "decode" else 1)
         assert asks("auto", dtype, kernel=kernel)
         assert len(log.launches) == compared, "only the first use"
+
+
+@pytest.mark.parametrize("bits, text_bits", [(0, 0), (8, 8), (4, 8)])
+def test_whatever_runs_was_compared(bits, text_bits, monkeypatch):
+    """Each combination of template arguments is a kernel of its own to Metal's compiler."""
+    compared, used = set(), set()
+    shape = dict(head_dim=64, num_hidden_layers=1, summary_sliding_chunk_num=70)
+    model, text = build(**shape), tokens(400, 1)
+    cache = make_cache(model, text_bits=text_bits)
+    if bits:
+        cache = [c.to_quantized(group_size=32, bits=bits) for c in cache]
+
+    def note(log, to):
+        to.update((launch.kernel, *launch.template.items()) for launch in log.launches)
+        log.clear()
+
+    with metal_cpu.running(reload=[kernels], check=False) as log, kernels.using("auto"):
+        agrees = kernels._agrees
+
+        def watched(*asked):
+            note(log, used)
+            found = agrees(*asked)
+            note(log, compared)
+            return found
+
+        monkeypatch.setattr(kernels, "_agrees", watched)
+        # Windowed text alone, then with summaries; few slots, then split ones.
+        feed(model, text, [10, 230, 1, 2, 3, 5, 8, 40], cache)
+        note(log, used)
+    assert {True, False} <= {dict(arguments).get("PARTIAL") for _, *arguments in used}
+    assert used <= compared
 
 
 @pytest.mark.parametrize("fault", ["differs", "does not compile", "wrong size"])
@@ -171,7 +203,8 @@ def test_a_kernel_that_fails_is_replaced_with_one_warning(fault, monkeypatch):
         raise (RuntimeError if fault == "does not compile" else ValueError)("line 1: error")
 
     with metal_cpu.running(reload=[kernels]):
-        monkeypatch.setattr(kernels, "_difference", difference)
+        monkeypatch.setattr(kernels, "_decode_difference", difference)
+        monkeypatch.setattr(kernels, "_prefill_difference", difference)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for other in (dict(), dict(), dict(dim=128), dict(kernel="prefill")):

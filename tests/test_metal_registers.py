@@ -1,0 +1,64 @@
+"""The kernels' private arrays are registers: all loops over them are unrolled."""
+
+import mlx.core as mx
+import pytest
+
+from ksa_mlx import kernels
+
+from . import metal_cpu
+from .metal_cpu import registers
+from .test_metal_cuda import collect
+
+pytestmark = pytest.mark.skipif(not metal_cpu.available(), reason=str(metal_cpu.unavailable()))
+
+BODY = """    float sums[16];
+    KEEP
+    for (int i = 0; i < 16; i++) sums[i] = x[i];
+    for (int k = 0; k < x_shape[0]; k++) {
+        KEEP
+        for (int i = 0; i < 16; i++) sums[i] = simd_sum(sums[i] * x[k]);
+    }
+    KEEP
+    for (int i = 0; i < 16; i++) out[i] = sums[i];"""
+
+
+@pytest.mark.parametrize("unroll, left", [("full", []), ("disable", ["[16 x float]"])])
+def test_an_array_that_stays_is_found(unroll, left):
+    header = f'#define KEEP _Pragma("clang loop unroll({unroll})")\n'
+    kernel = metal_cpu.metal_kernel("planted", ["x"], ["out"], BODY, header)
+    assert registers.in_memory(kernel.for_types([mx.zeros((64,))], [mx.float32], [])) == left
+
+
+def launches(dim: int):
+    """Each shape of decode's threadgroups for this head_dim, and prefill."""
+
+    def zeros(heads, n):
+        return mx.zeros((1, heads, n, dim), dtype=mx.float16)
+
+    x = zeros(1, 32)
+    packed = {bits: mx.quantize(x, group_size=32, bits=bits) for bits in (4, 8)}
+    for heads, rows in ((1, 1), (4, 1), (4, 2), (16, 1), (16, 8)):
+        bounds = kernels.bounds([[[(0, 1)] * rows]])
+        for visited in (1, 1000):
+            kernels.decode(zeros(heads, rows), x, x, bounds, visited)
+        other = (packed[4], packed[4], bounds)
+        kernels.decode(zeros(heads, rows), packed[8], packed[8], bounds, 1, *other)
+    kernels.prefill(x, x, x, x, x, kernels.layout([32], [0], [0], [1], 4, 1, 2))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_the_kernels_keep_nothing_in_memory(dim):
+    sources = collect(lambda: launches(dim)).values()
+    assert {source.name for source in sources} >= {"ksa_decode", "ksa_decode_quantized"}
+    for source in sources:
+        assert registers.in_memory(source) == [], (source.name, source.template)
+
+
+def test_without_the_pragmas_they_would():
+    def changed():
+        read = kernels.source
+        kernels.source = lambda name: read(name).replace("KSA_UNROLL\n", "\n")
+        launches(128)
+
+    left = {x for source in collect(changed).values() for x in registers.in_memory(source)}
+    assert "%struct.Rows" in left and any("simdgroup_matrix" in x for x in left)
