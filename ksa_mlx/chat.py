@@ -57,6 +57,9 @@ def chat(session: Session):
         "/stats": lambda session, _: print("\n".join(session.report())),
         "/help": lambda session, _: print(HELP),
     }
+    if sys.stdin.isatty():
+        # A shell's background jobs, and what they start, inherit that Ctrl-C is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
