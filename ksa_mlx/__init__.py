@@ -3,12 +3,13 @@
 Importing the package makes mlx-lm load, generate from and serve converted KSA models.
 """
 
-from .cache import RollingSummaryCache, make_cache
-from .config import ConfigError, ModelArgs
-from .load import load, load_model
+from .cache.rolling import RollingSummaryCache, make_cache
+from .checkpoint.load import load, load_model
+from .config import ModelArgs
+from .errors import ConfigError
 from .model import Model
-from .register import register
-from .sources import references
+from .references.trace import references
+from .stock.register import register
 
 __version__ = "0.1.0"
 

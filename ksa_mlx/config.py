@@ -2,10 +2,12 @@
 
 import ast
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Dict, List, Optional, Union
+from typing import Any
 
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.rope_utils import initialize_rope
+
+from .errors import ConfigError
 
 # Converted folders carry this model type: `qwen3` would load as a plain Qwen3.
 MODEL_TYPE = "qwen3_ksa"
@@ -21,23 +23,12 @@ MAX_PATTERN = 1000  # characters
 DEFAULT_PREDICT_NUMS = 151936
 
 
-class ConfigError(ValueError):
-    """A field of the configuration that is missing or makes no sense."""
-
-    def __init__(self, field: str, found: Any, expected: str, layer: Optional[int] = None):
-        where = field if layer is None else f"{field}, layer {layer}"
-        found = repr(found)
-        if len(found) > 80:
-            found = found[:77] + "..."
-        super().__init__(f"{where}: found {found}, expected {expected}")
-
-
-def is_ksa(config: Dict[str, Any]) -> bool:
+def is_ksa(config: dict[str, Any]) -> bool:
     """Whether a `config.json` describes a KSA model (its `model_type` may be `qwen3`)."""
     return config.get("use_summary_attention") is True
 
 
-def parse_pattern(field: str, pattern: str) -> Union[int, List[int]]:
+def parse_pattern(field: str, pattern: str) -> int | list[int]:
     """Read a per-layer pattern such as `([128]*3+[16768]*1)*9`, without evaluating it.
 
     A pattern is made of integers, lists, `+` and `*`. Raises `ConfigError` for anything else.
@@ -93,7 +84,7 @@ def parse_pattern(field: str, pattern: str) -> Union[int, List[int]]:
         raise refuse("it does not parse") from None
 
 
-def per_layer(field: str, value: Any, num_layers: int) -> List[int]:
+def per_layer(field: str, value: Any, num_layers: int) -> list[int]:
     """An int, a list or a pattern string as one int a layer, checked."""
     if isinstance(value, str):
         value = parse_pattern(field, value)
@@ -133,27 +124,27 @@ class ModelArgs(BaseModelArgs):
     summary_chunk_size: int
     summary_token_num: int
     summary_token_begin: int
-    summary_sliding_chunk_num: Union[int, str, List[int]]
+    summary_sliding_chunk_num: int | str | list[int]
     summary_chunk_position_ids_type: str
     summary_token_position_ids_type: str
     summary_independent_parameters: bool
-    head_dim: Optional[int] = None
+    head_dim: int | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     hidden_act: str = "silu"
-    rope_theta: Optional[float] = None
-    rope_scaling: Optional[Dict[str, Any]] = None
-    rope_parameters: Optional[Dict[str, Any]] = None
-    mix_coeff: Optional[float] = None
+    rope_theta: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    mix_coeff: float | None = None
     summary_independent_attention_layernorm: bool = False
     summary_independent_qk_norm: bool = False
-    summary_layer_freq: Optional[Union[int, str, List[int]]] = None
+    summary_layer_freq: int | str | list[int] | None = None
     truncate_predict_nums: int = DEFAULT_PREDICT_NUMS
     # Ours: how many of the last tokens a cache must be able to take back.
     rollback: int = 0
 
     @classmethod
-    def from_dict(cls, params: Dict[str, Any]) -> "ModelArgs":
+    def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
         if not is_ksa(params):
             raise ConfigError(
                 "use_summary_attention",
@@ -254,7 +245,7 @@ class ModelArgs(BaseModelArgs):
             if w < 0:
                 raise ConfigError("summary_sliding_chunk_num", w, "at least 0 chunks", layer)
         last_chunk = (self.max_position_embeddings - 1) // self.summary_chunk_size
-        self.windows: List[Optional[int]] = [
+        self.windows: list[int | None] = [
             None if skip or w >= last_chunk else w for w, skip in zip(windows, self.bypass)
         ]
 
@@ -263,7 +254,7 @@ class ModelArgs(BaseModelArgs):
         if not holds(value):
             raise ConfigError(name, value, expected)
 
-    def _summary_layers(self) -> List[bool]:
+    def _summary_layers(self) -> list[bool]:
         """Which layers have summary attention (Muse, `get_layer_is_summary`)."""
         freq, n = self.summary_layer_freq, self.num_hidden_layers
         if isinstance(freq, str):

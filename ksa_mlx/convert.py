@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,14 +24,15 @@ from mlx_lm.convert import (
 )
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, find_config, line, open_checkpoint, read_json
-from .config import MODEL_TYPE, ConfigError
-from .load import check_is_ksa, fetch, load_model, model_args
+from .checkpoint.load import check_is_ksa, fetch, load_model, model_args
+from .checkpoint.muse import is_muse, muse_plan, to_hub_config
+from .checkpoint.tensors import Checkpoint, find_config, open_checkpoint, read_json
+from .checkpoint.write import ShardWriter, workspace
+from .config import MODEL_TYPE
+from .errors import CheckpointError, ConfigError, one_line
 from .model import Model
-from .muse import is_muse, muse_plan, to_hub_config
-from .register import MODEL_FILE
-from .save import ShardWriter, workspace
-from .weights import CheckpointError, Plan, announced, hub_plan, mlx_plan
+from .stock.register import MODEL_FILE
+from .weights import Plan, announced, hub_plan, mlx_plan
 
 # What is copied as it is. Upstream's Python files are not among them: nothing here runs them.
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -42,7 +43,7 @@ COPIED = (
 )
 
 
-def read_source(path: Path) -> Tuple[Dict[str, Any], Dict[str, Any], Path]:
+def read_source(path: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """The checkpoint's config as it is and as a KSA config, checked, and its file."""
     file = find_config(path)
     raw = read_json(file)
@@ -57,8 +58,8 @@ def write_weights(
     source: Checkpoint,
     plan: Plan,
     writer: ShardWriter,
-    dtype: Optional[mx.Dtype],
-    quantized: Dict[str, nn.Module],
+    dtype: mx.Dtype | None,
+    quantized: dict[str, nn.Module],
 ):
     """Read every tensor that the plan uses, check it, cast it, quantise it and write it."""
     made_of = defaultdict(list)
@@ -105,9 +106,9 @@ def write_weights(
             write(name, mx.zeros(shape, dtype or mx.float32))
 
 
-def dropped(source: Checkpoint, plan: Plan) -> Dict[str, Tuple[int, int]]:
+def dropped(source: Checkpoint, plan: Plan) -> dict[str, tuple[int, int]]:
     """Parameters and bytes that the converted model leaves out, by reason."""
-    total: Dict[str, List[int]] = defaultdict(lambda: [0, 0])
+    total: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     used = defaultdict(int)
     for part in plan.parts.values():
         rows = part.rows or (0, plan.source[part.source][0])
@@ -128,14 +129,14 @@ def convert(
     hf_path: str,
     mlx_path: str = "mlx_model",
     quantize: bool = False,
-    q_group_size: Optional[int] = None,
-    q_bits: Optional[int] = None,
+    q_group_size: int | None = None,
+    q_bits: int | None = None,
     q_mode: str = "affine",
-    dtype: Optional[str] = None,
-    upload_repo: Optional[str] = None,
-    revision: Optional[str] = None,
+    dtype: str | None = None,
+    upload_repo: str | None = None,
+    revision: str | None = None,
     dequantize: bool = False,
-    quant_predicate: Optional[str] = None,
+    quant_predicate: str | None = None,
     trust_remote_code: bool = False,
     max_shard_bytes: int = mlx_lm.utils.MAX_FILE_SIZE_GB << 30,
 ):
@@ -175,7 +176,7 @@ def convert(
         else:
             config, report = _convert(
                 path, raw, config, file, folder, max_shard_bytes, dtype,
-                dict(bits=q_bits, group_size=q_group_size, mode=q_mode) if quantize else None,
+                {"bits": q_bits, "group_size": q_group_size, "mode": q_mode} if quantize else None,
                 quant_predicate,
             )  # fmt: skip
         config = {k: v for k, v in config.items() if k != "auto_map"}
@@ -195,7 +196,7 @@ def convert(
             )
         except Exception as e:  # the network's and the client's many ways to fail
             raise CheckpointError(
-                f"{upload_repo}: not uploaded ({line(e)}); {destination} is whole"
+                f"{upload_repo}: not uploaded ({one_line(e)}); {destination} is whole"
             ) from None
         print(f"Uploaded to {upload_repo}")
 
@@ -233,7 +234,7 @@ def _convert(path, raw, config, file, folder, limit, dtype, quantization, recipe
         config["torch_dtype"] = dtype
         config.pop("dtype", None)  # transformers 5's name for the same
     model = Model(args)  # lazy: its weights are never computed
-    quantized: Dict[str, nn.Module] = {}
+    quantized: dict[str, nn.Module] = {}
     if quantization:
         quantized, config = _quantization(model, config, quantization, recipe)
 
@@ -261,7 +262,7 @@ def _quantization(model: Model, config, quantization, recipe):
             model, config, **quantization, quant_predicate=predicate
         )
     except ValueError as e:
-        raise CheckpointError(f"-q: {line(e)}") from None
+        raise CheckpointError(f"-q: {one_line(e)}") from None
     layers = {path: m for path, m in model.named_modules() if hasattr(m, "bits")}
     if not layers:
         size = config["quantization"]["group_size"]
@@ -291,12 +292,12 @@ def _copy_files(source: Path, beside_config: Path, folder: Path, python: bool):
         for file in (f for pattern in patterns for f in place.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-    shutil.copyfile(Path(__file__).parent / "model_file.py", folder / MODEL_FILE)
+    shutil.copyfile(Path(__file__).parent / "stock" / "model_file.py", folder / MODEL_FILE)
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER):
         print(f"warning: {source}: no tokenizer; converting without one", file=sys.stderr)
 
 
-def _model_card(readme: Path, repo: Optional[str], upload_repo: Optional[str]) -> ModelCard:
+def _model_card(readme: Path, repo: str | None, upload_repo: str | None) -> ModelCard:
     """A README with the metadata of the source's, as mlx-lm makes it, and how to use this."""
     try:
         card = ModelCard.load(readme)
@@ -321,7 +322,7 @@ print(mlx_lm.generate(model, tokenizer, prompt="Hello", verbose=True))
     return card
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command line, with mlx-lm's flags. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="convert.py",
@@ -347,7 +348,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except (CheckpointError, ConfigError) as e:
         print(f"error: {e}", file=sys.stderr)
     except OSError as e:
-        print(f"error: {e.filename or args.mlx_path}: {e.strerror or line(e)}", file=sys.stderr)
+        print(f"error: {e.filename or args.mlx_path}: {e.strerror or one_line(e)}", file=sys.stderr)
     else:
         return 0
     return 1

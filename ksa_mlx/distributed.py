@@ -5,7 +5,7 @@ layer and a share of its heads, KV heads (so also of its KV cache) and MLP. Pipe
 has some layers and their caches.
 """
 
-from typing import Any, List, Optional
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 from mlx_lm.models.pipeline import PipelineMixin
 
 
-def shard(model, group: Optional[mx.distributed.Group] = None):
+def shard(model, group: mx.distributed.Group | None = None):
     """Keep this rank's share of a `Model`'s heads and MLP; the norms and tables stay whole.
 
     Raises ValueError if heads, MLP or quantisation groups do not split evenly over the group.
@@ -65,7 +65,7 @@ class Pipeline(PipelineMixin):
     windowed layer of the whole model.
     """
 
-    def pipeline(self, group: mx.distributed.Group, split: Optional[List[int]] = None):
+    def pipeline(self, group: mx.distributed.Group, split: list[int] | None = None):
         """Keep this rank's layers; `split[r]` is how many rank r has (default: even, low ranks
         take what is left over).
 
@@ -96,7 +96,7 @@ class Pipeline(PipelineMixin):
         self.layers = [None] * self.start_idx + self.pipeline_layers
 
     @property
-    def windows(self) -> List[Optional[int]]:
+    def windows(self) -> list[int | None]:
         """The windows of this rank's layers."""
         return self.args.windows[self.start_idx : self.end_idx]
 
@@ -111,7 +111,7 @@ class Pipeline(PipelineMixin):
             h = h[:, :length]
         return mx.distributed.recv_like(h, self.pipeline_rank + 1, group=self.group)
 
-    def send(self, h: mx.array, length: int, shape: tuple, cache: List[Any]) -> mx.array:
+    def send(self, h: mx.array, length: int, shape: tuple, cache: list[Any]) -> mx.array:
         """Send this rank's output on; returns the last layer's text in `shape`, on every rank."""
         if self.pipeline_size == 1:
             return h.reshape(shape)

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
@@ -14,14 +14,14 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from tqdm import tqdm
 
 from . import __version__
-from .chat import chat, read_ahead, show_references, turn
-from .checkpoint import line, read_json
+from .chat.notebook import embedded_model, notes, run_demo, welcome
+from .chat.prompt_cache_file import cache_owner
+from .chat.session import Session
+from .chat.terminal import chat, read_ahead, show_references, turn
+from .checkpoint.load import fetch, load
+from .checkpoint.tensors import read_json
 from .config import is_ksa
-from .demo import embedded_model, notes, run_demo, welcome
-from .load import fetch, load
-from .saved import SessionError, cache_owner
-from .session import Session
-from .weights import CheckpointError
+from .errors import CheckpointError, SessionError, one_line
 
 
 def number(kind, low, high=None):
@@ -45,7 +45,7 @@ def tokens_limit(text: str) -> int:
     return value
 
 
-def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         prog="generate.py",
         description=__doc__,
@@ -134,7 +134,7 @@ def read_text(flag: str, text: str) -> str:
         raise SessionError(f"{flag}: {text[1:]}: {e.strerror}") from None
 
 
-def options(args: argparse.Namespace) -> Dict[str, Any]:
+def options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that mlx-lm's `stream_generate` takes as they are."""
     return {
         "sampler": make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k),
@@ -145,7 +145,7 @@ def options(args: argparse.Namespace) -> Dict[str, Any]:
     }
 
 
-def kv_options(args: argparse.Namespace, head_dim: int) -> Dict[str, int]:
+def kv_options(args: argparse.Namespace, head_dim: int) -> dict[str, int]:
     """The flags that say how mlx-lm quantises the cache."""
     if args.kv_bits is None:
         if args.kv_text_bits is not None:
@@ -182,7 +182,7 @@ def load_draft(args: argparse.Namespace, tokenizer):
         try:
             draft, other = mlx_lm.load(name)
         except Exception as e:  # the many ways in which no model loads
-            raise SessionError(f"--draft-model: {name}: {line(e)}") from None
+            raise SessionError(f"--draft-model: {name}: {one_line(e)}") from None
     if other.vocab_size != tokenizer.vocab_size:
         raise SessionError(
             f"--draft-model: found a vocabulary of {other.vocab_size:,}, expected the model's, "
@@ -193,7 +193,7 @@ def load_draft(args: argparse.Namespace, tokenizer):
 
 def progress_bar():
     """A callback (tokens read, tokens to read) that shows a bar on a terminal, if it takes long."""
-    bar: Optional[tqdm] = None
+    bar: tqdm | None = None
 
     def show(done: int, total: int):
         nonlocal bar
@@ -209,7 +209,7 @@ def progress_bar():
     return show
 
 
-def open_session(args: argparse.Namespace, model_path: str, system: Optional[str]) -> Session:
+def open_session(args: argparse.Namespace, model_path: str, system: str | None) -> Session:
     template_options = {}
     if args.chat_template_config is not None:
         try:
@@ -234,7 +234,7 @@ def open_session(args: argparse.Namespace, model_path: str, system: Optional[str
         try:
             tokenizer.add_eos_token(token)
         except ValueError as e:
-            raise SessionError(f"--extra-eos-token: {line(e)}") from None
+            raise SessionError(f"--extra-eos-token: {one_line(e)}") from None
     return Session(
         model,
         tokenizer,
@@ -319,7 +319,7 @@ def terminal_chat(session: Session, name: str, notebook: bool):
         print("\n".join(session.report()))
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status; every error is one line on standard error."""
     try:
         return run(parse_args(argv))
@@ -331,7 +331,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except (SessionError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
     except (OSError, RuntimeError, ValueError, MemoryError) as e:  # MLX's own errors, too
-        print(f"error: {line(e)}", file=sys.stderr)
+        print(f"error: {one_line(e)}", file=sys.stderr)
     return 1
 
 

@@ -4,7 +4,7 @@ Text rows and summary rows are carried as two blocks of one array, text first: t
 projections, norms and the MLP, and meet only in attention (see `naive.py` for the definition).
 """
 
-from typing import Any, List, Optional, Tuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,13 +12,13 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.qwen3 import MLP
 from mlx_lm.models.rope_utils import initialize_rope
 
-from .attention import Step, full_attention, summary_attention
-from .batch import BatchRollingSummaryCache, BatchStep
-from .cache import RollingSummaryCache, make_cache
+from .attention.windowed import Step, full_attention, summary_attention
+from .cache.batch import BatchRollingSummaryCache, BatchStep
+from .cache.rollback import wanted_rollback
+from .cache.rolling import RollingSummaryCache, make_cache
 from .config import ModelArgs
 from .distributed import Pipeline, shard
-from .register import warn_of_max_kv_size
-from .rollback import wanted_rollback
+from .stock.register import warn_of_max_kv_size
 from .weights import sanitize
 
 
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         norm = f"{name}_norm{own}"
         return self[norm if norm in self else f"{name}_norm"](y)
 
-    def _project(self, name: str, x: mx.array, L: int) -> Tuple[mx.array, Optional[mx.array]]:
+    def _project(self, name: str, x: mx.array, L: int) -> tuple[mx.array, mx.array | None]:
         """Heads of the L text rows, (B, heads, L, head_dim), and of the summary rows, before RoPE.
 
         Summary rows blend their own projection with the base one: mix * own + (1 - mix) * base.
@@ -101,9 +101,7 @@ class Attention(nn.Module):
         y = self.rope(x.reshape(B * rows, heads, 1, dim), offset=positions)
         return y.reshape(B, rows, heads, dim).swapaxes(1, 2)
 
-    def __call__(
-        self, x: mx.array, step: Step, mask: Optional[Any], cache: Optional[Any]
-    ) -> mx.array:
+    def __call__(self, x: mx.array, step: Step, mask: Any | None, cache: Any | None) -> mx.array:
         """Args: x (B, text rows + summary rows, hidden), normed. Returns the same shape, or the
         text rows only where summary rows end."""
         B, L = x.shape[0], step.length
@@ -147,7 +145,7 @@ class DecoderLayer(nn.Module):
             self.input_layernorm_summary = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def __call__(
-        self, h: mx.array, step: Step, mask: Optional[Any] = None, cache: Optional[Any] = None
+        self, h: mx.array, step: Step, mask: Any | None = None, cache: Any | None = None
     ) -> mx.array:
         """Args: h (B, text rows + summary rows, hidden). Returns the same shape, or the text rows
         only where summary rows end."""
@@ -176,8 +174,8 @@ class KSAModel(Pipeline, nn.Module):
     def __call__(
         self,
         inputs: mx.array,
-        cache: Optional[List[Any]] = None,
-        input_embeddings: Optional[mx.array] = None,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
     ) -> mx.array:
         """Args: inputs (B, L) text ids, or input_embeddings (B, L, hidden). Returns the last
         hidden states of the text, (B, L, hidden)."""
@@ -199,7 +197,7 @@ class KSAModel(Pipeline, nn.Module):
         h = self.send(h, step.length, shape, cache)
         return self.norm(h)
 
-    def _plan(self, length: int, cache: List[Any]) -> Step:
+    def _plan(self, length: int, cache: list[Any]) -> Step:
         self._check(cache)
         # All windowed layers, also those of other machines, have summarised the same chunks.
         windowed = next((i for i, w in enumerate(self.windows) if w is not None), None)
@@ -213,7 +211,7 @@ class KSAModel(Pipeline, nn.Module):
             return BatchStep(self.args, rolling, length)
         return Step.plan(self.args, rolling.offset, length, rolling.summarised)
 
-    def _check(self, cache: List[Any]):
+    def _check(self, cache: list[Any]):
         """Refuse caches that are not this model's, or of which some hold more text than others."""
         advice = "make them with ksa_mlx.make_cache(model)"
         if len(cache) != len(self.windows):
@@ -254,8 +252,8 @@ class Model(nn.Module):
     def __call__(
         self,
         inputs: mx.array,
-        cache: Optional[List[Any]] = None,
-        input_embeddings: Optional[mx.array] = None,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
     ) -> mx.array:
         h = self.model(inputs, cache, input_embeddings)
         if self.args.tie_word_embeddings:
@@ -264,14 +262,14 @@ class Model(nn.Module):
             logits = self.lm_head(h)
         return logits[..., : self.args.num_predicted]
 
-    def make_cache(self) -> List[Any]:
+    def make_cache(self) -> list[Any]:
         warn_of_max_kv_size()
         return make_cache(self)
 
     def sanitize(self, weights):
         return sanitize(self.args, weights)
 
-    def shard(self, group: Optional[mx.distributed.Group] = None):
+    def shard(self, group: mx.distributed.Group | None = None):
         shard(self, group)
 
     @property

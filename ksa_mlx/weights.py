@@ -5,20 +5,18 @@ Hub's, except that `model.embed_tokens.weight` and `lm_head.weight` hold text ro
 `model.summary_embedding` is a parameter of its own, and that dead parameters are gone.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
+from typing import Any
 
 from .config import ModelArgs
+from .errors import CheckpointError
 
-Shape = Tuple[int, ...]
+Shape = tuple[int, ...]
 
 EMBED = "model.embed_tokens.weight"
 SUMMARY = "model.summary_embedding"
 HEAD = "lm_head.weight"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line that says what and where."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Part:
     """The tensor of a checkpoint that a weight is made of, or some of its rows."""
 
     source: str
-    rows: Optional[Tuple[int, int]] = None
+    rows: tuple[int, int] | None = None
 
     def of(self, tensor):
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
@@ -42,16 +40,16 @@ class Plan:
     and ours has, with their shapes.
     """
 
-    source: Dict[str, Shape] = field(default_factory=dict)
-    parts: Dict[str, Part] = field(default_factory=dict)
-    dead: Dict[str, Tuple[Optional[Shape], str]] = field(default_factory=dict)
-    zeros: Dict[str, Shape] = field(default_factory=dict)
+    source: dict[str, Shape] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+    dead: dict[str, tuple[Shape | None, str]] = field(default_factory=dict)
+    zeros: dict[str, Shape] = field(default_factory=dict)
 
-    def take(self, name: str, source: str, shape: Shape, rows: Optional[Tuple[int, int]] = None):
+    def take(self, name: str, source: str, shape: Shape, rows: tuple[int, int] | None = None):
         self.source[source] = shape
         self.parts[name] = Part(source, rows)
 
-    def shapes(self) -> Dict[str, Shape]:
+    def shapes(self) -> dict[str, Shape]:
         """Names and shapes of our weights."""
         shapes = dict(self.zeros)
         for name, part in self.parts.items():
@@ -83,11 +81,11 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def layer_shapes(args: ModelArgs) -> Dict[str, Shape]:
+def layer_shapes(args: ModelArgs) -> dict[str, Shape]:
     """Shapes of one layer's tensors, Hub names, as far as the config announces them."""
     hidden, dim, mlp = args.hidden_size, args.head_dim, args.intermediate_size
     heads, kv_heads = args.num_attention_heads * dim, args.num_key_value_heads * dim
-    shapes: Dict[str, Shape] = {"input_layernorm.weight": (hidden,)}
+    shapes: dict[str, Shape] = {"input_layernorm.weight": (hidden,)}
     if args.summary_independent_attention_layernorm:
         shapes["input_layernorm_summary.weight"] = (hidden,)
 
@@ -115,7 +113,7 @@ def layer_shapes(args: ModelArgs) -> Dict[str, Shape]:
     return shapes
 
 
-def why_dead(args: ModelArgs, layer: int, name: str) -> Optional[str]:
+def why_dead(args: ModelArgs, layer: int, name: str) -> str | None:
     """Why the model can never use this tensor of a layer; None if it does."""
     if "_summary" not in name:
         return None
@@ -158,7 +156,7 @@ def hub_plan(args: ModelArgs) -> Plan:
     return plan
 
 
-def expected_shapes(args: ModelArgs) -> Dict[str, Shape]:
+def expected_shapes(args: ModelArgs) -> dict[str, Shape]:
     """Names and shapes of the model's weights, in our layout and unquantised."""
     return hub_plan(args).shapes()
 
@@ -171,7 +169,7 @@ def mlx_plan(args: ModelArgs) -> Plan:
     return plan
 
 
-def announced(config: Dict[str, Any], names: Iterable[str]) -> Dict[str, Any]:
+def announced(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The config with the fields that only the weights tell, where it leaves them out.
 
     Upstream's Hub config knows no `summary_independent_qk_norm`, yet its converter carries a
@@ -187,7 +185,7 @@ def announced(config: Dict[str, Any], names: Iterable[str]) -> Dict[str, Any]:
     return config
 
 
-def sanitize(args: ModelArgs, weights: Dict[str, Any]) -> Dict[str, Any]:
+def sanitize(args: ModelArgs, weights: dict[str, Any]) -> dict[str, Any]:
     """Weights in the Hub's layout or in ours, as the model holds them (lazy, idempotent).
 
     Names that no layout knows stay, for a strict load to refuse; quantised weights pass.

@@ -5,7 +5,6 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Dict, List, Tuple
 from urllib.parse import unquote, urlsplit
 
 
@@ -17,9 +16,9 @@ class HubServer:
     answer 403. `log` holds (method, path, Range header) of every request.
     """
 
-    def __init__(self, repos: Dict[str, Path], breaks=None, gated=()):
+    def __init__(self, repos: dict[str, Path], breaks=None, gated=()):
         self.repos, self.breaks, self.gated = repos, breaks or {}, gated
-        self.log: List[Tuple[str, str, str]] = []
+        self.log: list[tuple[str, str, str]] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):

@@ -12,46 +12,47 @@ from ksa_mlx.model import Model
 # mlx-lm 0.31, the last for Python 3.10: a folder's model_file is always run.
 OLD_MLX_LM = "trust_remote_code" not in inspect.signature(mlx_lm.load).parameters
 
-BASE = dict(
-    model_type="qwen3_ksa",
-    hidden_size=32,
-    num_hidden_layers=3,
-    intermediate_size=48,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    rms_norm_eps=1e-6,
-    vocab_size=66,
-    max_position_embeddings=4096,
-    rope_theta=10000.0,
-    tie_word_embeddings=True,
-    use_summary_attention=True,
-    summary_chunk_size=4,
-    summary_token_num=1,
-    summary_token_begin=64,
-    summary_sliding_chunk_num=2,
-    summary_chunk_position_ids_type="origin",
-    summary_token_position_ids_type="last_chunk_slice_right",
-    summary_independent_parameters=True,
-    mix_coeff=0.5,
-)
+BASE = {
+    "model_type": "qwen3_ksa",
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 66,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "use_summary_attention": True,
+    "summary_chunk_size": 4,
+    "summary_token_num": 1,
+    "summary_token_begin": 64,
+    "summary_sliding_chunk_num": 2,
+    "summary_chunk_position_ids_type": "origin",
+    "summary_token_position_ids_type": "last_chunk_slice_right",
+    "summary_independent_parameters": True,
+    "mix_coeff": 0.5,
+}
 
 # One entry a rule of the specification; names are used in test ids.
 VARIANTS = {
-    "released layout": dict(summary_sliding_chunk_num="[2]*2+[2000]*1", mix_coeff=0),
-    "full layer inside": dict(summary_sliding_chunk_num=[1, 2000, 3]),
-    "own projections": dict(mix_coeff=1.0, tie_word_embeddings=False),
-    "two summaries": dict(summary_token_num=2, summary_independent_attention_layernorm=True),
-    "left positions": dict(
-        summary_token_num=2, summary_token_position_ids_type="last_chunk_slice_left"
-    ),
-    "no window": dict(summary_sliding_chunk_num=0, summary_token_position_ids_type="zeros"),
-    "inner chunk": dict(summary_chunk_position_ids_type="inner_chunk", summary_chunk_size=3),
-    "different windows": dict(summary_sliding_chunk_num=[0, 3, 1], summary_chunk_size=5),
-    "shared, biases": dict(summary_independent_parameters=False, attention_bias=True),
-    "bypass": dict(summary_layer_freq=[1, 0, 1], num_key_value_heads=4),
-    "own qk norms": dict(summary_independent_qk_norm=True, num_key_value_heads=1),
-    "chunk of one": dict(summary_chunk_size=1, summary_sliding_chunk_num=3),
+    "released layout": {"summary_sliding_chunk_num": "[2]*2+[2000]*1", "mix_coeff": 0},
+    "full layer inside": {"summary_sliding_chunk_num": [1, 2000, 3]},
+    "own projections": {"mix_coeff": 1.0, "tie_word_embeddings": False},
+    "two summaries": {"summary_token_num": 2, "summary_independent_attention_layernorm": True},
+    "left positions": {
+        "summary_token_num": 2,
+        "summary_token_position_ids_type": "last_chunk_slice_left",
+    },
+    "no window": {"summary_sliding_chunk_num": 0, "summary_token_position_ids_type": "zeros"},
+    "inner chunk": {"summary_chunk_position_ids_type": "inner_chunk", "summary_chunk_size": 3},
+    "different windows": {"summary_sliding_chunk_num": [0, 3, 1], "summary_chunk_size": 5},
+    "shared, biases": {"summary_independent_parameters": False, "attention_bias": True},
+    "bypass": {"summary_layer_freq": [1, 0, 1], "num_key_value_heads": 4},
+    "own qk norms": {"summary_independent_qk_norm": True, "num_key_value_heads": 1},
+    "chunk of one": {"summary_chunk_size": 1, "summary_sliding_chunk_num": 3},
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 STOCK = ("mlx_lm", "server")
-OURS = ("ksa_mlx.run", "server")
+OURS = ("ksa_mlx", "server")
 
 
 def environment(**extra) -> dict:

@@ -10,7 +10,6 @@ Rows come in the order of ORDER, then of the files; in README.md the table stand
 import ast
 import re
 from pathlib import Path
-from typing import List, Tuple
 
 ROOT = Path(__file__).parent.parent
 TABLE, README = ROOT / "docs" / "features.md", ROOT / "README.md"
@@ -29,14 +28,14 @@ ORDER = (
     "test_mlx_lm.py",
 )
 
-Row = Tuple[str, str, str]
+Row = tuple[str, str, str]
 
 
 def _is_feature(node: ast.expr) -> bool:
     return isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.feature"
 
 
-def rows_of(file: Path) -> List[Row]:
+def rows_of(file: Path) -> list[Row]:
     """The rows that a test file's functions and classes bear. Raises ValueError for a bad one."""
     rows = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -54,7 +53,7 @@ def rows_of(file: Path) -> List[Row]:
     return [row for _, row in sorted(rows)]
 
 
-def rows() -> List[Row]:
+def rows() -> list[Row]:
     """All rows, in order. Raises ValueError if two have one name."""
 
     def place(file: Path):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import BatchGenerator, generate_step
 
-from ksa_mlx.batch import BatchRollingSummaryCache
+from ksa_mlx.cache.batch import BatchRollingSummaryCache
 
 from ._models import VARIANTS, build, tokens, worst
 from .test_splits import roundtrip
@@ -18,7 +18,7 @@ TOLERANCE = 1e-3
 # The long run: KSA_MLX_EXAMPLES=2000 pytest tests/test_batch.py
 EXAMPLES = int(os.environ.get("KSA_MLX_EXAMPLES", 4))
 
-CASES = {**VARIANTS, "full layers only": dict(summary_sliding_chunk_num=2000)}
+CASES = {**VARIANTS, "full layers only": {"summary_sliding_chunk_num": 2000}}
 
 model_of = functools.lru_cache(None)(lambda name: build(**CASES[name]))
 

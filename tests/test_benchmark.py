@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from ksa_mlx import benchmark, benchmark_kernels, kernels
+from ksa_mlx.attention import kernels
+from ksa_mlx.benchmark import __main__ as benchmark
+from ksa_mlx.benchmark import kernels as benchmark_kernels
 
 from . import metal_cpu
 
-TINY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, vocab_size=97)
-TINY |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 97}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 KERNELS_TINY = dict(TINY, head_dim=64)  # groups of 64
 
 needs_instrument = pytest.mark.skipif(
@@ -114,7 +116,9 @@ def test_kernels_without_metal_and_instrument(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(metal_cpu, "available", lambda: False)
     with pytest.raises(SystemExit, match="needed is a Mac, or a clone of the project.*no compiler"):
         benchmark.main(["--kernels"])
-    monkeypatch.setattr(benchmark_kernels, "__file__", str(tmp_path / "ksa_mlx" / "x.py"))
+    monkeypatch.setattr(
+        benchmark_kernels, "__file__", str(tmp_path / "ksa_mlx" / "benchmark" / "x.py")
+    )
     with pytest.raises(SystemExit, match="metal_cpu not found$"):
         benchmark.main(["--kernels"])
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksa_mlx.config import ConfigError, ModelArgs, parse_pattern
-from ksa_mlx.muse import to_hub_config
+from ksa_mlx.checkpoint.muse import to_hub_config
+from ksa_mlx.config import ModelArgs, parse_pattern
+from ksa_mlx.errors import ConfigError
 
 from ._convert_helpers import GOLDENS, HUB, MUSE, read_config
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 import ksa_mlx
-from ksa_mlx.rollback import ROLLBACK
+from ksa_mlx.cache.rollback import ROLLBACK
 
 from ._convert_helpers import GOLDENS, convert, refused
 

@@ -144,7 +144,7 @@ def test_muse_biases_shared_embedding_and_norms(tmp_path):
     source = tmp_path / "muse"
     source.mkdir()
     state = state_dict(MUSE / "model_muse.safetensors")
-    fields = dict(k_proj_bias=True, summary_independent_parameters=False, vocab_size=98)
+    fields = {"k_proj_bias": True, "summary_independent_parameters": False, "vocab_size": 98}
     fields.update(summary_independent_qkv=True, summary_independent_attention_layernorm=True)
     state["model.tok_embeddings.weight"] = torch.randn(98, 64)
     state["model.output.weight"] = torch.randn(98, 64)

@@ -20,9 +20,10 @@ from mlx_lm import stream_generate
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 import ksa_mlx
-from ksa_mlx import demo
+from ksa_mlx.chat import notebook
+from ksa_mlx.chat.session import Session
+from ksa_mlx.errors import SessionError
 from ksa_mlx.generate import main
-from ksa_mlx.session import Session, SessionError
 
 ROOT = Path(__file__).parent.parent
 SYSTEM = "The locker of Maria is 4821.\nOmar's bike is red.\nThe code of Klara is 775."
@@ -39,7 +40,7 @@ def cache_place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(cache_place):
-    return demo.embedded_model()
+    return notebook.embedded_model()
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_answer_is_mlx_lms(capsys, folder, loaded):
 def test_unconverted_checkpoint(capsys, folder):
     ask = ["--system-prompt", SYSTEM, "--prompt", "What is the locker of Maria?"]
     answers = []
-    for model in (demo.CHECKPOINT, folder):
+    for model in (notebook.CHECKPOINT, folder):
         assert main(["--model", str(model), *ask]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
@@ -325,7 +326,7 @@ def test_load_refuses_another_models_cache(session, loaded, tmp_path):
     file = tmp_path / "talk"
     say(session, "Omar's bike?")
     session.save(file)
-    model, _ = ksa_mlx.load_model(demo.CHECKPOINT)
+    model, _ = ksa_mlx.load_model(notebook.CHECKPOINT)
     norm = model.layers[3].mlp.up_proj
     norm.weight = norm.weight * 1.01
     other = Session(model, loaded[1], "a fine-tune")
@@ -398,7 +399,9 @@ def test_cache_of_mlx_lm_cache_prompt(capsys, loaded, folder, tmp_path):
     suffix = tokenizer.encode(f"{question}<|assistant|>", add_special_tokens=False)
     expected = mlx_generate(model, tokenizer, head + suffix, max_tokens=8)
     assert capsys.readouterr().out == expected + "\n"
-    refused(capsys, ["--model", str(demo.CHECKPOINT), *argv, "-p", "x"], "cache of another model")
+    refused(
+        capsys, ["--model", str(notebook.CHECKPOINT), *argv, "-p", "x"], "cache of another model"
+    )
 
 
 # What is refused
@@ -450,7 +453,7 @@ def test_bad_models(capsys, tmp_path):
     refused(capsys, ask(tmp_path / "none"), "none")
     refused(capsys, ask(tmp_path), "config.json")
     broken = tmp_path / "broken"
-    shutil.copytree(demo.CHECKPOINT, broken)
+    shutil.copytree(notebook.CHECKPOINT, broken)
     data = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(data[:-999])
     refused(capsys, ask(broken), "model.safetensors")
@@ -481,10 +484,10 @@ def test_demo(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert main([]) == 0
     out, _ = capsys.readouterr()
-    for question, note in demo.QUESTIONS:
-        assert question in out and note in out and note in demo.notes()
+    for question, note in notebook.QUESTIONS:
+        assert question in out and note in out and note in notebook.notes()
     answers = re.findall(r"Answer: +(.*)", out)
-    right = sum(a.rstrip(".") in note for a, (_, note) in zip(answers, demo.QUESTIONS))
+    right = sum(a.rstrip(".") in note for a, (_, note) in zip(answers, notebook.QUESTIONS))
     assert len(answers) == 3 and right >= 2
     held, full = re.search(r"KV cache: ([\d.]+) MB .* hold ([\d.]+) MB", out).groups()
     assert float(full) > 3 * float(held)
@@ -504,12 +507,12 @@ def test_embedded_tokenizer_round_trips(loaded):
 
 def test_embedded_model_is_converted_once(folder, tmp_path, monkeypatch):
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
-    assert demo.embedded_model() == folder
+    assert notebook.embedded_model() == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
     # Where nothing can be written, a temporary folder does.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KSA_MLX_CACHE", str(tmp_path / "file"))
-    other = demo.embedded_model()
+    other = notebook.embedded_model()
     assert other != folder and (other / "config.json").is_file()
 
 
@@ -582,7 +585,7 @@ def test_chat_in_a_terminal(tmp_path):
     t = Terminal("--max-tokens", "-1", "--temp", "0")
     try:
         greeting = t.until("\n> ")
-        question, note = demo.QUESTIONS[0]
+        question, note = notebook.QUESTIONS[0]
         assert question in greeting and "/help" in greeting
         loaded_tokens = re.search(r"\(([\d,]+) tokens\)", greeting).group(1)
 
@@ -614,7 +617,7 @@ def test_chat_in_a_terminal(tmp_path):
 def test_ctrl_c_stops_the_answer(tmp_path):
     """An answer without an end: plain completion, sampled so that it does not stop by itself."""
     t = Terminal(
-        *("--model", str(demo.CHECKPOINT), "--ignore-chat-template", "--max-tokens", "20000"),
+        *("--model", str(notebook.CHECKPOINT), "--ignore-chat-template", "--max-tokens", "20000"),
         *("--temp", "30", "--seed", "3"),
     )
     try:

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ksa_mlx import kernels
+from ksa_mlx.attention import kernels
 from ksa_mlx.naive import visibility
 
 from . import metal_cpu
@@ -110,13 +110,37 @@ def test_decode_of_the_longest_context(run):
 
 
 CHECKED = [
-    dict(dtype="float32", dim=64, group=2, B=2, rows=1, keys=40, values="random"),
-    dict(dtype="float16", dim=80, group=4, B=1, rows=2, keys=9, values="large"),
-    dict(dtype="bfloat16", dim=128, group=4, B=3, rows=1, keys=37, values="random"),
-    dict(dtype="bfloat16", dim=96, group=3, B=2, rows=5, keys=33, values="equal"),
-    dict(dtype="float32", dim=256, group=2, B=1, rows=4, keys=20, values="random"),
-    dict(dtype="float32", dim=32, group=1, B=2, rows=1, keys=SPLIT + 1, values="random"),
-    dict(dtype="float16", dim=64, group=16, B=1, rows=1, keys=SPLIT + 3, values="random"),
+    {"dtype": "float32", "dim": 64, "group": 2, "B": 2, "rows": 1, "keys": 40, "values": "random"},
+    {"dtype": "float16", "dim": 80, "group": 4, "B": 1, "rows": 2, "keys": 9, "values": "large"},
+    {
+        "dtype": "bfloat16",
+        "dim": 128,
+        "group": 4,
+        "B": 3,
+        "rows": 1,
+        "keys": 37,
+        "values": "random",
+    },
+    {"dtype": "bfloat16", "dim": 96, "group": 3, "B": 2, "rows": 5, "keys": 33, "values": "equal"},
+    {"dtype": "float32", "dim": 256, "group": 2, "B": 1, "rows": 4, "keys": 20, "values": "random"},
+    {
+        "dtype": "float32",
+        "dim": 32,
+        "group": 1,
+        "B": 2,
+        "rows": 1,
+        "keys": SPLIT + 1,
+        "values": "random",
+    },
+    {
+        "dtype": "float16",
+        "dim": 64,
+        "group": 16,
+        "B": 1,
+        "rows": 1,
+        "keys": SPLIT + 3,
+        "values": "random",
+    },
 ]
 
 
@@ -132,7 +156,7 @@ def test_decode_in_lockstep(run, case):
     decode_case(run, **case, check="lockstep")
 
 
-@pytest.mark.parametrize("settings", [dict(contract="fast"), dict(fast_noise=4)], ids=name)
+@pytest.mark.parametrize("settings", [{"contract": "fast"}, {"fast_noise": 4}], ids=name)
 @pytest.mark.parametrize("case", CHECKED, ids=name)
 def test_decode_with_other_arithmetic(run, case, settings):
     """Fused multiply-adds, and fast:: functions a few units in the last place off."""
@@ -334,10 +358,50 @@ def test_prefill(run, case):
 
 
 PREFILL_CHECKED = [
-    dict(dtype="float32", dim=32, group=2, B=2, length=33, offset=17, chunk=8, s=1, window=1),
-    dict(dtype="bfloat16", dim=64, group=1, B=1, length=70, offset=0, chunk=4, s=2, window=3),
-    dict(dtype="float16", dim=80, group=1, B=2, length=9, offset=40, chunk=8, s=1, window=0),
-    dict(dtype="bfloat16", dim=256, group=1, B=1, length=18, offset=30, chunk=8, s=1, window=2),
+    {
+        "dtype": "float32",
+        "dim": 32,
+        "group": 2,
+        "B": 2,
+        "length": 33,
+        "offset": 17,
+        "chunk": 8,
+        "s": 1,
+        "window": 1,
+    },
+    {
+        "dtype": "bfloat16",
+        "dim": 64,
+        "group": 1,
+        "B": 1,
+        "length": 70,
+        "offset": 0,
+        "chunk": 4,
+        "s": 2,
+        "window": 3,
+    },
+    {
+        "dtype": "float16",
+        "dim": 80,
+        "group": 1,
+        "B": 2,
+        "length": 9,
+        "offset": 40,
+        "chunk": 8,
+        "s": 1,
+        "window": 0,
+    },
+    {
+        "dtype": "bfloat16",
+        "dim": 256,
+        "group": 1,
+        "B": 1,
+        "length": 18,
+        "offset": 30,
+        "chunk": 8,
+        "s": 1,
+        "window": 2,
+    },
 ]
 
 
@@ -352,7 +416,7 @@ def test_prefill_in_lockstep(run, case):
     prefill_case(run, **case, check="lockstep")
 
 
-@pytest.mark.parametrize("settings", [dict(contract="fast"), dict(fast_noise=4)], ids=name)
+@pytest.mark.parametrize("settings", [{"contract": "fast"}, {"fast_noise": 4}], ids=name)
 @pytest.mark.parametrize("case", PREFILL_CHECKED, ids=name)
 def test_prefill_with_other_arithmetic(run, case, settings):
     prefill_case(run, **case, check=False, **settings)

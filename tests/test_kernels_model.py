@@ -5,9 +5,10 @@ import warnings
 import mlx.core as mx
 import pytest
 
-from ksa_mlx import kernels, naive
-from ksa_mlx.attention import Step
-from ksa_mlx.cache import make_cache
+from ksa_mlx import naive
+from ksa_mlx.attention import kernels
+from ksa_mlx.attention.windowed import Step
+from ksa_mlx.cache.rolling import make_cache
 
 from . import metal_cpu
 from ._models import VARIANTS, build, tokens, worst
@@ -23,7 +24,7 @@ from .test_goldens import (  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not metal_cpu.available(), reason=str(metal_cpu.unavailable()))
 
-DIM = dict(head_dim=32)
+DIM = {"head_dim": 32}
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def test_quantised_caches(bits, text_bits, log):
 
     One layer: in a second one the last bit decides which way the format rounds.
     """
-    shape = dict(num_hidden_layers=1, head_dim=64, summary_sliding_chunk_num=2)
+    shape = {"num_hidden_layers": 1, "head_dim": 64, "summary_sliding_chunk_num": 2}
     model, text = build(**shape), tokens(90, 2)
 
     def caches():
@@ -168,7 +169,7 @@ def test_on_a_gpu_the_first_use_compares(kernel, dtype):
 def test_whatever_runs_was_compared(bits, text_bits, monkeypatch):
     """Each combination of template arguments is a kernel of its own to Metal's compiler."""
     compared, used = set(), set()
-    shape = dict(head_dim=64, num_hidden_layers=1, summary_sliding_chunk_num=70)
+    shape = {"head_dim": 64, "num_hidden_layers": 1, "summary_sliding_chunk_num": 70}
     model, text = build(**shape), tokens(400, 1)
     cache = make_cache(model, text_bits=text_bits)
     if bits:
@@ -207,7 +208,7 @@ def test_a_kernel_that_fails_is_replaced_with_one_warning(fault, monkeypatch):
         monkeypatch.setattr(kernels, "_prefill_difference", difference)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for other in (dict(), dict(), dict(dim=128), dict(kernel="prefill")):
+            for other in ({}, {}, {"dim": 128}, {"kernel": "prefill"}):
                 assert not asks("auto", **other)
         assert asks("metal")
     assert len(caught) == 1
@@ -233,7 +234,7 @@ def test_a_broken_source_is_noticed(monkeypatch):
 def test_sources_lie_beside_the_package_or_in_the_repository(tmp_path, monkeypatch):
     package = tmp_path / "site-packages" / "ksa_mlx"
     (package / "metal").mkdir(parents=True)
-    monkeypatch.setattr(kernels, "__file__", str(package / "kernels.py"))
+    monkeypatch.setattr(kernels, "__file__", str(package / "attention" / "kernels.py"))
     with pytest.raises(FileNotFoundError, match="decode.metal: not found in .*reinstall"):
         kernels.source("decode.metal")
     (tmp_path / "site-packages" / "metal").mkdir()

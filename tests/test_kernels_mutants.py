@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from ksa_mlx import kernels
+from ksa_mlx.attention import kernels
 
 from . import metal_cpu
 from .test_kernels import decode_case, prefill_case, quantised_case
@@ -12,14 +12,39 @@ from .test_kernels import decode_case, prefill_case, quantised_case
 pytestmark = pytest.mark.skipif(not metal_cpu.available(), reason=str(metal_cpu.unavailable()))
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-SHARED = dict(dtype="float32", dim=64, group=2, B=2, rows=2, keys=70, values="random")
+SHARED = {
+    "dtype": "float32",
+    "dim": 64,
+    "group": 2,
+    "B": 2,
+    "rows": 2,
+    "keys": 70,
+    "values": "random",
+}
 TILED = {**SHARED, "group": 4, "rows": 4}
 SPLIT = {**SHARED, "keys": 300, "rows": 1}
 LARGE = {**SHARED, "values": "large"}
-PREFILL = dict(dtype="float32", dim=32, group=2, B=2, length=33, offset=17, chunk=8, s=1, window=1)
-QUANTISED = dict(
-    dtype="float32", dim=64, group_size=32, bits=4, summary_bits=8, rows=1, B=2, keys=30
-)
+PREFILL = {
+    "dtype": "float32",
+    "dim": 32,
+    "group": 2,
+    "B": 2,
+    "length": 33,
+    "offset": 17,
+    "chunk": 8,
+    "s": 1,
+    "window": 1,
+}
+QUANTISED = {
+    "dtype": "float32",
+    "dim": 64,
+    "group_size": 32,
+    "bits": 4,
+    "summary_bits": 8,
+    "rows": 1,
+    "B": 2,
+    "keys": 30,
+}
 
 # The file; what is replaced, which time it occurs (from 0), by what; the case that notices.
 MUTANTS = {

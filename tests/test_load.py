@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
 import ksa_mlx
-from ksa_mlx.register import register
+from ksa_mlx.stock.register import register
 
 from ._convert_helpers import (
     GOLDENS,

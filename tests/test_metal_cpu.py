@@ -69,14 +69,14 @@ def test_source_is_what_mlx_makes(template, atomic_outputs, tmp_path, capfd):
         uint i = thread_position_in_grid.x + threads_per_threadgroup.x * simdgroup_index_in_threadgroup;
         out[i] = half(x[i]) * s + y[0] + x_shape[0] + y_strides[0] + y_ndim;
         out2[i] = i;"""
-    made = dict(
-        name="example",
-        input_names=["x", "s", "y"],
-        output_names=["out", "out2"],
-        source=body,
-        header="#define ONE 1\n",
-        atomic_outputs=atomic_outputs,
-    )
+    made = {
+        "name": "example",
+        "input_names": ["x", "s", "y"],
+        "output_names": ["out", "out2"],
+        "source": body,
+        "header": "#define ONE 1\n",
+        "atomic_outputs": atomic_outputs,
+    }
     x, s, y, dtypes = (
         mx.zeros((2, 8), dtype=mx.bfloat16),
         mx.array(1.0),
@@ -289,7 +289,7 @@ def test_contraction_and_noise():
     same(run(source, x, y, contract="fast"), (a.astype(np.float64) * b + c).astype(np.float32))
 
     source = "uint i = thread_position_in_grid.x; out[i] = fast::exp(x[i]); out2[i] = precise::exp(x[i]) + exp(x[i]);"
-    both = dict(shapes=[(64,), (64,)], dtypes=[mx.float32] * 2)
+    both = {"shapes": [(64,), (64,)], "dtypes": [mx.float32] * 2}
     exact, exact2 = (np.array(v) for v in run(source, x, **both))
     np.testing.assert_allclose(exact, np.exp(a.astype(np.float64)), rtol=1.2e-7)
     noisy, noisy2 = (np.array(v) for v in run(source, x, fast_noise=3, **both))
@@ -420,10 +420,10 @@ out[i] += tile[63 - i];"""
 DEVICE = """out2[i] = x[i];
 {barrier}
 out[i] = out2[63 - i];"""
-TWO = dict(shapes=[(64,), (64,)], dtypes=[mx.float32] * 2)
+TWO = {"shapes": [(64,), (64,)], "dtypes": [mx.float32] * 2}
 HELPER = "inline float total(float v) { return simd_sum(v); }\n"
-ATOMIC = dict(atomic_outputs=True, init_value=0, dtypes=[mx.int32], shapes=[(65,)])
-LOCKSTEP = dict(check="lockstep")
+ATOMIC = {"atomic_outputs": True, "init_value": 0, "dtypes": [mx.int32], "shapes": [(65,)]}
+LOCKSTEP = {"check": "lockstep"}
 
 # fmt: off
 FAULTS = {
@@ -433,16 +433,16 @@ FAULTS = {
     "barrier for other memory":
         ("race", 4, REVERSE.format(barrier="threadgroup_barrier(mem_flags::mem_device);"), {}),
     "barrier of a simdgroup only":
-        ("race", 4, TWICE.format(barrier="").replace("threadgroup_barrier", "simdgroup_barrier"), dict(seed=3)),
+        ("race", 4, TWICE.format(barrier="").replace("threadgroup_barrier", "simdgroup_barrier"), {"seed": 3}),
     "no barrier before the second use": ("race", 6, TWICE.format(barrier=""), {}),
     "no barrier within a simdgroup": ("race", 6, TWICE.replace("63 - i", "i ^ 1").format(barrier=""), {}),
     "device memory, wrong flag":
         ("race", 3, DEVICE.format(barrier="threadgroup_barrier(mem_flags::mem_threadgroup);"), TWO),
     "across threadgroups":
-        ("uninitialised", 3, DEVICE.format(barrier="threadgroup_barrier(mem_flags::mem_device);"), TWO | dict(group=32)),
-    "two writers": ("race", 1, "out[i / 2] = x[i];", dict(shapes=[(32,)])),
-    "two writers, threadgroups": ("race", 1, "out[i % 32] = x[0];", dict(shapes=[(32,)], group=32)),
-    "histogram without atomics": ("race", 1, "out[uint(x[i] > 0)] += 1;", dict(shapes=[(2,)], init_value=0)),
+        ("uninitialised", 3, DEVICE.format(barrier="threadgroup_barrier(mem_flags::mem_device);"), TWO | {"group": 32}),
+    "two writers": ("race", 1, "out[i / 2] = x[i];", {"shapes": [(32,)]}),
+    "two writers, threadgroups": ("race", 1, "out[i % 32] = x[0];", {"shapes": [(32,)], "group": 32}),
+    "histogram without atomics": ("race", 1, "out[uint(x[i] > 0)] += 1;", {"shapes": [(2,)], "init_value": 0}),
 
     "read past the end": ("out of bounds", 2, "\nout[i] = x[i + 1];", {}),
     "read before the start": ("out of bounds", 1, "out[i] = x[int(i) - 1];", {}),
@@ -465,7 +465,7 @@ FAULTS = {
         ("uninitialised", 2, "threadgroup float tile[64];\nout[i] = tile[i] + x[i];", {}),
     "left by an earlier threadgroup":
         ("uninitialised", 2, "threadgroup float tile[1]; if (i == 0) tile[0] = x[0];\nout[i] = tile[0];",
-         dict(threads=2, group=1, shapes=[(2,)])),
+         {"threads": 2, "group": 1, "shapes": [(2,)]}),
     "output read before it is written": ("uninitialised", 1, "out[i] += x[0];", {}),
     "unwritten output": ("unwritten", None, "if (i != 5) out[i] = x[0];", {}),
 
@@ -487,12 +487,12 @@ FAULTS = {
         ("divergence", None, ("if (i < 32) threadgroup_barrier(mem_flags::mem_none);\n"
                               "else threadgroup_barrier(mem_flags::mem_none);"), {}),
     "shuffle from a missing lane":
-        ("divergence", 1, "out[i] = simd_shuffle_xor(x[0], 16);", dict(threads=44, shapes=[(44,)])),
+        ("divergence", 1, "out[i] = simd_shuffle_xor(x[0], 16);", {"threads": 44, "shapes": [(44,)]}),
     "matrix in part of a simdgroup":
-        ("divergence", 1, "simdgroup_float8x8 m; simdgroup_load(m, x); simdgroup_store(m, out);", dict(threads=16)),
+        ("divergence", 1, "simdgroup_float8x8 m; simdgroup_load(m, x); simdgroup_store(m, out);", {"threads": 16}),
     "one helper, two branches":
         ("divergence", 1, "float v = x[0]; if (lane < 3) v = total(v); else v = total(v + 1); out[i] = v;",
-         LOCKSTEP | dict(header=HELPER)),
+         LOCKSTEP | {"header": HELPER}),
     "lanes skip different iterations":
         ("divergence", 2, ("float v = 0; for (uint k = 0; k < 5; k++) { if (k == lane % 5) continue;\n"
                            "v += simd_sum(x[k]); } out[i] = v;"), LOCKSTEP),
@@ -503,7 +503,7 @@ FAULTS = {
     "order of atomics":
         ("order", None, ("int at = atomic_fetch_add_explicit(&out[0], 1, memory_order_relaxed);\n"
                          "atomic_store_explicit(&out[1 + at], int(i + x[0] * 0), memory_order_relaxed);"),
-         ATOMIC | dict(orders=2)),
+         ATOMIC | {"orders": 2}),
 }
 # fmt: on
 THREAD = "uint i = thread_position_in_grid.x, lane = thread_index_in_simdgroup; "

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ksa_mlx import kernels
+from ksa_mlx.attention import kernels
 
 from . import metal_cpu, metal_cuda
 from .metal_cuda import gpu, stand_in

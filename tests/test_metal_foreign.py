@@ -152,7 +152,13 @@ def test_post_expert_norm_combine(dtype, log):
 def test_qk_norm(rope, dtype, log):
     heads, kv_heads, D = 6, 2, 128
     x = normal(2, 5, 2 * (heads + kv_heads) * D, dtype=dtype)
-    arguments = dict(n_heads=heads, n_kv_heads=kv_heads, head_dim=D, eps=1e-6, query_scale=0.25)
+    arguments = {
+        "n_heads": heads,
+        "n_kv_heads": kv_heads,
+        "head_dim": D,
+        "eps": 1e-6,
+        "query_scale": 0.25,
+    }
     q = rms(f32(x[..., : heads * D]).reshape(2, 5, heads, D), 1e-6) * 0.25
     k = rms(f32(x[..., heads * D : (heads + kv_heads) * D]).reshape(2, 5, kv_heads, D), 1e-6)
     if not rope:

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from ksa_mlx import kernels
+from ksa_mlx.attention import kernels
 
 from . import metal_cpu
 from .metal_cpu import registers

@@ -9,7 +9,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, trim_prompt_cache
 
 import ksa_mlx
 from ksa_mlx import naive
-from ksa_mlx.attention import BATCH, Step
+from ksa_mlx.attention.windowed import BATCH, Step
 
 from ._models import VARIANTS, build, tokens, worst
 
@@ -97,7 +97,14 @@ def test_summary_rows_stop_where_nobody_reads_them():
         layer.mlp = Watch(layer.mlp, f"mlp{i}")
     model(tokens(40), cache=model.make_cache())
     rows = 8  # chunks 0 .. 7: the last query is in chunk 9 and reads 8 and 9 as text
-    assert dict(seen) == dict(q0=40 + rows, mlp0=40 + rows, q1=40, mlp1=40, q2=40, mlp2=40)
+    assert dict(seen) == {
+        "q0": 40 + rows,
+        "mlp0": 40 + rows,
+        "q1": 40,
+        "mlp1": 40,
+        "q2": 40,
+        "mlp2": 40,
+    }
 
 
 def test_no_dense_mask_in_prefill():

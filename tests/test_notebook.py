@@ -86,7 +86,13 @@ def tiny(torch, **sizes):
     from notebook.model import NotebookConfig, NotebookModel
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=40, hidden_size=32, num_layers=3, head_dim=16, window=2) | sizes
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "num_layers": 3,
+        "head_dim": 16,
+        "window": 2,
+    } | sizes
     return NotebookModel(NotebookConfig(**sizes)).eval()
 
 
@@ -161,10 +167,10 @@ def test_training_learns_and_resumes(torch, tokenizer, tmp_path):
     from notebook.train import Level, train
 
     said = []
-    options = dict(
-        lr=4e-3, seed=0, config=NotebookConfig(hidden_size=32, num_layers=3, head_dim=16),
-        levels=[Level(64, 4, Style(filler=0), 2.0)], say=said.append, report_every=10,
-    )  # fmt: skip
+    options = {
+        "lr": 4e-3, "seed": 0, "config": NotebookConfig(hidden_size=32, num_layers=3, head_dim=16),
+        "levels": [Level(64, 4, Style(filler=0), 2.0)], "say": said.append, "report_every": 10,
+    }  # fmt: skip
     train(tokenizer, tmp_path, steps=20, **options)
     go_on = train(tokenizer, tmp_path, steps=21, resume=True, **options)
     answers = [float(s.split("answers ")[1].split()[0]) for s in said if s.startswith("step")]
@@ -211,7 +217,7 @@ def test_shipped_weights_agree_with_the_reference_at_4096_tokens(torch, tokenize
 
 def test_shipped_weights_recall_through_summaries(shipped, tokenizer):
     """512 tokens are 16 windows. The bounds leave room for chance: 40 questions."""
-    options = dict(notebooks=10, asked=4, seed=11)
+    options = {"notebooks": 10, "asked": 4, "seed": 11}
     seen = evaluate.recall(shipped, tokenizer, 512, **options)
     hidden = evaluate.recall(shipped, tokenizer, 512, hide=True, **options)
     assert seen.total == hidden.total >= 25

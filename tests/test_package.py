@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import ksa_mlx
-from ksa_mlx import demo
+from ksa_mlx.chat import notebook
 
 ROOT = Path(__file__).parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text()
@@ -42,7 +42,7 @@ def test_every_import_is_declared():
 def test_dependencies_by_platform():
     assert "\"mlx>=0.32.2,<0.33; sys_platform == 'darwin'\"" in PROJECT
     assert "\"mlx[cpu]>=0.32.2,<0.33; sys_platform == 'linux'\"" in PROJECT
-    assert 'requires-python = ">=3.10"' in PROJECT
+    assert 'requires-python = ">=3.11"' in PROJECT
 
 
 def test_readme_commands():
@@ -60,7 +60,7 @@ def test_readme_python(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("KSA_MLX_CACHE", str(tmp_path))
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert "KSA-4B" in code
-    exec(code.replace("KSA-4B", str(demo.embedded_model())), {})
+    exec(code.replace("KSA-4B", str(notebook.embedded_model())), {})
     assert capsys.readouterr().out.strip()
 
 
@@ -97,7 +97,7 @@ def test_wheel_alone_in_an_empty_environment(tmp_path):
     assert "Wrote" in run(script, "--hf-path", source, "--mlx-path", "converted", "-q", env=bare)
     ask = ("--model", "converted", "--prompt", "What is the badge of Olga?", "--max-tokens", "4")
     assert run(python, "-m", "ksa_mlx.generate", *ask, env=bare).strip()
-    code = "import ksa_mlx.kernels as k; print(len(k.source('attention.h')), k.__file__)"
+    code = "import ksa_mlx.attention.kernels as k; print(len(k.source('attention.h')), k.__file__)"
     size, where = run(python, "-c", code, env=bare).split()
     assert int(size) > 100 and where.startswith(str(tmp_path))
 

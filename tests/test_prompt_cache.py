@@ -1,4 +1,4 @@
-"""Prompt caches in files, by mlx-lm's own commands, by those through ksa_mlx.run, and by ours."""
+"""Prompt caches in files, by mlx-lm's own commands, by those through ksa_mlx, and by ours."""
 
 import json
 import shutil
@@ -10,13 +10,13 @@ from mlx_lm import generate
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from mlx_lm.utils import load
 
-from ksa_mlx import demo
+from ksa_mlx.chat import notebook
 from ksa_mlx.generate import main
 
 from ._server import environment
 
 # One line: mlx_lm.cache_prompt asks for a template that keeps a message as it is.
-NOTES = " ".join(demo.notes().splitlines()[:25])
+NOTES = " ".join(notebook.notes().splitlines()[:25])
 QUESTION = " What is the phone of Hugo?"
 
 
@@ -72,12 +72,12 @@ def test_cache_prompt(file):
 
 @pytest.mark.feature(
     "Prompt cache, reading",
-    "`python -m ksa_mlx.run generate --prompt-cache-file`, `generate.py --prompt-cache-file`",
+    "`python -m ksa_mlx generate --prompt-cache-file`, `generate.py --prompt-cache-file`",
     "works with our commands; `mlx_lm.generate` reads the file before any model is known to it",
 )
 def test_reading(file, model, expected, capsys):
     done = run(
-        "ksa_mlx.run",
+        "ksa_mlx",
         "generate",
         "--prompt-cache-file",
         file,
@@ -110,11 +110,11 @@ def test_refusals(file, model, notebook_models, tmp_path, capsys):
 
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(file.read_bytes()[:-5000])
-    refused(run("ksa_mlx.run", "generate", *ask, damaged), str(damaged), "damaged")
+    refused(run("ksa_mlx", "generate", *ask, damaged), str(damaged), "damaged")
     refused(
-        run("ksa_mlx.run", "generate", "--model", notebook_models[1], *ask, file), "different model"
+        run("ksa_mlx", "generate", "--model", notebook_models[1], *ask, file), "different model"
     )
-    refused(run("ksa_mlx.run", "generate", *ask, tmp_path / "none.safetensors"), "no such file")
+    refused(run("ksa_mlx", "generate", *ask, tmp_path / "none.safetensors"), "no such file")
 
     # Another model under the same name.
     changed = shutil.copytree(model, tmp_path / "model")
@@ -124,7 +124,7 @@ def test_refusals(file, model, notebook_models, tmp_path, capsys):
     cache, metadata = load_prompt_cache(str(file), return_metadata=True)
     other = tmp_path / "other.safetensors"
     save_prompt_cache(str(other), cache, {**metadata, "model": str(changed)})
-    refused(run("ksa_mlx.run", "generate", *ask, other), "does not hold", "of this model")
+    refused(run("ksa_mlx", "generate", *ask, other), "does not hold", "of this model")
     assert main(["--model", str(changed), *ask, str(file)]) == 1
     assert "found a cache of another model" in capsys.readouterr().err
 
@@ -157,7 +157,7 @@ def test_quantised_file(model, tmp_path, capsys, expected):
 
 @pytest.mark.feature("Chat in a terminal", "`mlx_lm.chat`", "works")
 def test_chat(model):
-    for command, flags in (("mlx_lm", ["--trust-remote-code"]), ("ksa_mlx.run", [])):
+    for command, flags in (("mlx_lm", ["--trust-remote-code"]), ("ksa_mlx", [])):
         done = run(
             command,
             "chat",

@@ -8,14 +8,19 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import QuantizedKVCache
 
 import ksa_mlx
-from ksa_mlx.benchmark import filled, ksa_args
-from ksa_mlx.cache import RollingSummaryCache
-from ksa_mlx.quantized import MixedRollingSummaryCache, QuantizedRollingSummaryCache
+from ksa_mlx.benchmark.__main__ import filled, ksa_args
+from ksa_mlx.cache.quantized import MixedRollingSummaryCache, QuantizedRollingSummaryCache
+from ksa_mlx.cache.rolling import RollingSummaryCache
 
 from ._models import build, tokens
 from .test_splits import roundtrip
 
-SHAPE = dict(head_dim=64, hidden_size=128, summary_sliding_chunk_num=[1, 2000, 3], mix_coeff=0)
+SHAPE = {
+    "head_dim": 64,
+    "hidden_size": 128,
+    "summary_sliding_chunk_num": [1, 2000, 3],
+    "mix_coeff": 0,
+}
 
 model_of = functools.lru_cache(None)(lambda: build(**SHAPE))
 

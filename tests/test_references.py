@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 import ksa_mlx
-from ksa_mlx import naive, sources
-from ksa_mlx.chat import show_references
-from ksa_mlx.demo import QUESTIONS, embedded_model, notes
-from ksa_mlx.quantized import MixedRollingSummaryCache
-from ksa_mlx.saved import SessionError
-from ksa_mlx.session import Session
-from ksa_mlx.sources import passages, pieces, question_start, trace_answer
-from ksa_mlx.sources_view import page, print_references
+from ksa_mlx import naive
+from ksa_mlx.cache.quantized import MixedRollingSummaryCache
+from ksa_mlx.chat.notebook import QUESTIONS, embedded_model, notes
+from ksa_mlx.chat.session import Session
+from ksa_mlx.chat.terminal import show_references
+from ksa_mlx.errors import SessionError
+from ksa_mlx.references import trace as tracing
+from ksa_mlx.references.page import page, print_references
+from ksa_mlx.references.trace import passages, pieces, question_start, trace_answer
 
 from ._models import VARIANTS, build, tokens, worst
 
@@ -80,7 +81,7 @@ def test_trace_is_the_definitions_attention(name, prompt, question, monkeypatch)
 def test_small_blocks_change_nothing(name, monkeypatch):
     model, ids = build(**VARIANTS[name]), tokens(90)[0].tolist()
     expected = trace_answer(model, ids[:80], ids[80:], 80)
-    monkeypatch.setattr(sources, "BLOCK", 8)
+    monkeypatch.setattr(tracing, "BLOCK", 8)
     trace = trace_answer(model, ids[:80], ids[80:], 80)
     np.testing.assert_allclose(trace.by_layer, expected.by_layer, rtol=1e-4, atol=1e-6)
 
@@ -156,7 +157,7 @@ def test_workspace_at_128k_is_bounded():
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mass = sources.chunk_mass(queries, cache, 8)
+    mass = tracing.chunk_mass(queries, cache, 8)
     mx.eval(mass)
     used = mx.get_peak_memory() - before
     assert mass.shape == (heads, 8, n // 8)
@@ -277,7 +278,7 @@ def asked(embedded):
 def test_first_chunk_counts_unless_it_is_a_sink(monkeypatch):
     model, ids = build(), tokens(60)[0].tolist()
     for limit, counts in ((1.0, True), (0.0, False)):
-        monkeypatch.setattr(sources, "SINK", limit)
+        monkeypatch.setattr(tracing, "SINK", limit)
         trace = trace_answer(model, ids[:50], ids[50:], 50)
         assert (trace.weights()[0] > 0) == counts and trace.attention[:, 0].min() > 0
         assert ((trace.token_weights[trace.token_chunks == 0] > 0) == counts).all()

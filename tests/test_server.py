@@ -15,8 +15,8 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import KVCache, LRUPromptCache
 
 import ksa_mlx
-from ksa_mlx import demo
-from ksa_mlx.server import PromptCache, ResponseGenerator
+from ksa_mlx.chat import notebook
+from ksa_mlx.stock.server import PromptCache, ResponseGenerator
 
 from ._models import VARIANTS, build, tokens
 from ._server import OURS, STOCK, serving
@@ -24,7 +24,7 @@ from ._server import OURS, STOCK, serving
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from soak_server import soak  # noqa: E402
 
-NOTES = demo.notes().splitlines()
+NOTES = notebook.notes().splitlines()
 SYSTEM = {"role": "system", "content": "\n".join(NOTES[:30])}
 
 
@@ -111,7 +111,7 @@ def test_concurrent_clients_and_hanging_up(stock, alone):
 @pytest.mark.feature("Server, prompt cache with prefix reuse", "`mlx_lm.server`", "works")
 def test_prefix_reuse(stock, alone):
     """The second turn reads what is new only; another question shares the system prompt."""
-    first = {"messages": [SYSTEM, user(demo.QUESTIONS[0][0])], "max_tokens": 15}
+    first = {"messages": [SYSTEM, user(notebook.QUESTIONS[0][0])], "max_tokens": 15}
     a = stock.ask(first, chat=True)
     said = {"role": "assistant", "content": a["text"]}
     second = {**first, "messages": [*first["messages"], said, user("What is the hotel of Liam?")]}
@@ -125,7 +125,7 @@ def test_prefix_reuse(stock, alone):
 
 @pytest.mark.feature(
     "Speculative decoding in the server",
-    "`python -m ksa_mlx.run server --draft-model`",
+    "`python -m ksa_mlx server --draft-model`",
     "works with our command; `mlx_lm.server` needs `KSA_MLX_ROLLBACK` and `--prompt-cache-size 0`",
 )
 def test_with_a_draft(ours, alone):
@@ -167,7 +167,7 @@ def test_stock_with_a_draft(folders, alone, tmp_path):
 
 @pytest.mark.feature(
     "Server, a prompt that is exactly a cached text",
-    "`python -m ksa_mlx.run server`",
+    "`python -m ksa_mlx server`",
     "works with our command; in `mlx_lm.server` any model's server ends (mlx-lm#1887)",
 )
 def test_an_exact_hit_leaves_one_token_to_read():

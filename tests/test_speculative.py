@@ -17,11 +17,11 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import qwen3
 
 import ksa_mlx
-from ksa_mlx import demo
-from ksa_mlx.config import ConfigError
+from ksa_mlx.cache.rollback import ROLLBACK, settle
+from ksa_mlx.chat import notebook
+from ksa_mlx.chat.session import Session
+from ksa_mlx.errors import ConfigError
 from ksa_mlx.generate import main
-from ksa_mlx.rollback import ROLLBACK, settle
-from ksa_mlx.session import Session
 
 from ._models import BASE, VARIANTS, build, tokens
 from ._server import environment
@@ -145,7 +145,7 @@ def test_quantised_caches():
     shape = dict(head_dim=32, hidden_size=64, **VARIANTS["released layout"])
     model, prompt = build(**shape), tokens(30)[0].tolist()
     draft = build(seed=1, **shape)
-    bits = dict(kv_bits=8, kv_group_size=32, quantized_kv_start=0)
+    bits = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
     got, _ = speculated(model, draft, prompt, 40, 3, **bits)
     expected = generate_step(
         mx.array(prompt), model, max_tokens=40, prompt_cache=model.make_cache(), **bits
@@ -241,7 +241,7 @@ ASK = ["--prompt", "What is the phone of Hugo?", "--max-tokens", "10"]
 
 
 def notes(n=25):
-    return "\n".join(demo.notes().splitlines()[:n])
+    return "\n".join(notebook.notes().splitlines()[:n])
 
 
 def command(*argv, **env):
@@ -261,7 +261,7 @@ def command(*argv, **env):
     "refused without",
 )
 def test_commands(notebook_models, capsys):
-    """Stock, stock through ksa_mlx.run, and ours: one text; the draft needs no flag to load."""
+    """Stock, stock through ksa_mlx, and ours: one text; the draft needs no flag to load."""
     model, draft = map(str, notebook_models)
     ask = ["--model", model, "--system-prompt", notes(), *ASK]
     assert main(ask) == 0
@@ -271,13 +271,13 @@ def test_commands(notebook_models, capsys):
     trust = "--trust-remote-code"
     stock = command("mlx_lm", "generate", trust, *ask, *flags, KSA_MLX_ROLLBACK="8")
     assert stock.stdout == expected, stock.stderr
-    assert command("ksa_mlx.run", "generate", *ask, *flags).stdout == expected
+    assert command("ksa_mlx", "generate", *ask, *flags).stdout == expected
     assert main([*ask, *flags]) == 0
     assert capsys.readouterr().out == expected
     without = command("mlx_lm", "generate", trust, *ask, *flags)
     assert without.returncode == 1 and not without.stdout
     assert "requires a trimmable prompt cache (got {'RollingSummaryCache'})" in without.stderr
-    wrong = command("ksa_mlx.run", "generate", *ask, *flags, KSA_MLX_ROLLBACK="some")
+    wrong = command("ksa_mlx", "generate", *ask, *flags, KSA_MLX_ROLLBACK="some")
     assert wrong.returncode == 1
     assert wrong.stderr.strip().endswith(
         "KSA_MLX_ROLLBACK: found 'some', expected an integer of at least 0"
@@ -288,7 +288,7 @@ def test_conversation_with_a_draft(notebook_models, tmp_path):
     """All turns on one pair of caches: what a plain conversation says, and no text read twice."""
     model, tokenizer = ksa_mlx.load(notebook_models[0])
     draft, _ = ksa_mlx.load(notebook_models[1])
-    about = dict(system_prompt=notes(), max_tokens=15)
+    about = {"system_prompt": notes(), "max_tokens": 15}
     plain = Session(model, tokenizer, "m", **about)
     drafted = Session(model, tokenizer, "m", **about, draft_model=draft, num_draft_tokens=4)
     drafted.read_ahead()
@@ -315,8 +315,8 @@ def test_conversation_with_a_draft(notebook_models, tmp_path):
 def test_a_draft_with_quantised_caches(notebook_models):
     model, tokenizer = ksa_mlx.load(notebook_models[0])
     draft, _ = ksa_mlx.load(notebook_models[1])
-    kv = dict(kv_bits=8, kv_group_size=32, quantized_kv_start=0)
-    about = dict(system_prompt=notes(), max_tokens=15, kv=kv)
+    kv = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
+    about = {"system_prompt": notes(), "max_tokens": 15, "kv": kv}
     plain = Session(model, tokenizer, "m", **about)
     drafted = Session(model, tokenizer, "m", **about, draft_model=draft)
     for question in ("What is the phone of Hugo?", "What is the hotel of Liam?"):

@@ -103,7 +103,7 @@ def main() -> int:
     for d in DISTANCES:
         on = measure(f"{d} tokens ({d / window:g} windows)", d)
         rows.append(
-            dict(distance=d, recall=on, hidden=measure("    summaries hidden", d, hide=True))
+            {"distance": d, "recall": on, "hidden": measure("    summaries hidden", d, hide=True)}
         )
     other = {}
     base = Style(filler=0.25, held_out=True)
@@ -118,7 +118,7 @@ def main() -> int:
         f"values from word lists, {d}", d, kinds=("color", "city", "item", "word")
     )
     if args.json:
-        args.json.write_text(json.dumps(dict(rows=rows, other=other), indent=2) + "\n")
+        args.json.write_text(json.dumps({"rows": rows, "other": other}, indent=2) + "\n")
     if args.plot:
         plot(rows, window, args.longest, args.plot)
     return 0

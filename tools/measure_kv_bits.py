@@ -10,10 +10,10 @@ recall goes through its summaries, and on a random model.
 import mlx.core as mx
 
 import ksa_mlx
-from ksa_mlx.benchmark import table
-from ksa_mlx.cache import RollingSummaryCache
+from ksa_mlx.benchmark.__main__ import table
+from ksa_mlx.cache.rolling import RollingSummaryCache
+from ksa_mlx.chat.notebook import embedded_model, notes
 from ksa_mlx.config import MODEL_TYPE
-from ksa_mlx.demo import embedded_model, notes
 from ksa_mlx.model import Model, ModelArgs
 
 GROUP = 32
@@ -70,28 +70,28 @@ def measure(name: str, model: Model, text: mx.array):
 def random_model() -> Model:
     """Layers as the embedded model's, with random weights and a head_dim of 64."""
     args = ModelArgs.from_dict(
-        dict(
-            model_type=MODEL_TYPE,
-            hidden_size=256,
-            num_hidden_layers=4,
-            intermediate_size=512,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            rms_norm_eps=1e-6,
-            vocab_size=1025,
-            max_position_embeddings=32768,
-            rope_theta=1e6,
-            tie_word_embeddings=True,
-            use_summary_attention=True,
-            summary_chunk_size=8,
-            summary_token_num=1,
-            summary_token_begin=1024,
-            summary_sliding_chunk_num=4,
-            summary_chunk_position_ids_type="origin",
-            summary_token_position_ids_type="last_chunk_slice_right",
-            summary_independent_parameters=False,
-        )
+        {
+            "model_type": MODEL_TYPE,
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "intermediate_size": 512,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-6,
+            "vocab_size": 1025,
+            "max_position_embeddings": 32768,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+            "use_summary_attention": True,
+            "summary_chunk_size": 8,
+            "summary_token_num": 1,
+            "summary_token_begin": 1024,
+            "summary_sliding_chunk_num": 4,
+            "summary_chunk_position_ids_type": "origin",
+            "summary_token_position_ids_type": "last_chunk_slice_right",
+            "summary_independent_parameters": False,
+        }
     )
     mx.random.seed(0)
     return Model(args)

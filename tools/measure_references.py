@@ -27,7 +27,7 @@ from notebook.evaluate import answer, notebook  # noqa: E402
 from notebook.tokenizer import load_tokenizer  # noqa: E402
 
 import ksa_mlx  # noqa: E402
-from ksa_mlx.sources import trace_answer  # noqa: E402
+from ksa_mlx.references.trace import trace_answer  # noqa: E402
 
 LENGTHS = (64, 160, 320, 640, 1280)  # tokens of notes
 

@@ -3,7 +3,7 @@
 python tools/roofline.py > docs/roofline.md
 """
 
-from ksa_mlx.benchmark import ksa_args
+from ksa_mlx.benchmark.__main__ import ksa_args
 
 # Memory bandwidth in GB/s, from Apple's technical specifications (the larger GPU where two exist).
 CHIPS = {

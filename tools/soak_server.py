@@ -2,7 +2,7 @@
 """Soak the real server: clients with mixed lengths, some of which hang up, against solo answers.
 
     python tools/soak_server.py --minutes 5                 # stock mlx_lm.server
-    python tools/soak_server.py --minutes 5 --ours          # python -m ksa_mlx.run server
+    python tools/soak_server.py --minutes 5 --ours          # python -m ksa_mlx server
     python tools/soak_server.py --minutes 5 --ours --draft  # with a draft model
 
 Uses the embedded notebook model in float32, on loopback only. Every finished answer must be the
@@ -19,7 +19,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import List, Tuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -27,7 +26,7 @@ import mlx.core as mx  # noqa: E402
 from mlx_lm import stream_generate  # noqa: E402
 
 import ksa_mlx  # noqa: E402
-from ksa_mlx import demo  # noqa: E402
+from ksa_mlx.chat import notebook  # noqa: E402
 from ksa_mlx.convert import convert  # noqa: E402
 from tests._server import OURS, STOCK, serving  # noqa: E402
 
@@ -37,18 +36,18 @@ def quiet_convert(*args, **kwargs):
         convert(*args, **kwargs)
 
 
-def make_models(folder: Path) -> Tuple[Path, Path]:
+def make_models(folder: Path) -> tuple[Path, Path]:
     """The notebook model in float32, and a coarse 3-bit copy of it as its draft."""
     model, draft = folder / "model", folder / "draft"
-    quiet_convert(str(demo.CHECKPOINT), str(model), dtype="float32")
+    quiet_convert(str(notebook.CHECKPOINT), str(model), dtype="float32")
     quiet_convert(str(model), str(draft), quantize=True, q_bits=3, q_group_size=32)
     return model, draft
 
 
-def make_requests(count: int, seed: int) -> List[dict]:
+def make_requests(count: int, seed: int) -> list[dict]:
     """Requests of all lengths, from inside the window to many times it; chats of 1 to 3 turns."""
-    pick, notes, requests = random.Random(seed), demo.notes().splitlines(), []
-    questions = ["What is the phone of Hugo?", *(q for q, _ in demo.QUESTIONS)]
+    pick, notes, requests = random.Random(seed), notebook.notes().splitlines(), []
+    questions = ["What is the phone of Hugo?", *(q for q, _ in notebook.QUESTIONS)]
     for i in range(count):
         size = pick.choice([1, 2, 3, 6, 12, 25, 50, 100])
         text = "\n".join(pick.sample(notes, size))
@@ -67,7 +66,7 @@ def make_requests(count: int, seed: int) -> List[dict]:
     return requests
 
 
-def solo_answers(model: Path, requests: List[dict]) -> List[str]:
+def solo_answers(model: Path, requests: list[dict]) -> list[str]:
     loaded, tokenizer = ksa_mlx.load(model)
     answers = []
     for body in requests:
@@ -89,7 +88,7 @@ class Client(threading.Thread):
         self.server, self.requests, self.answers = server, requests, answers
         self.until, self.pick = until, random.Random(seed)
         self.finished = self.hung_up = self.tokens = 0
-        self.faults: List[str] = []
+        self.faults: list[str] = []
 
     def run(self):
         while time.monotonic() < self.until and not self.faults:
@@ -177,7 +176,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, default=60, help="different requests")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ours", action="store_true", help="python -m ksa_mlx.run server")
+    parser.add_argument("--ours", action="store_true", help="python -m ksa_mlx server")
     parser.add_argument("--draft", action="store_true", help="with a draft model (needs --ours)")
     args = parser.parse_args()
     if args.draft and not args.ours:

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Optional
 
 NVCC = os.environ.get("NVCC", "nvcc")
 
@@ -14,7 +13,7 @@ class CompileError(Exception):
     """nvcc refused a source; the message holds its errors."""
 
 
-def unavailable() -> Optional[str]:
+def unavailable() -> str | None:
     """Why nothing can be compiled here, or None."""
     return (
         None

@@ -1,8 +1,8 @@
 """Write a Metal kernel as CUDA: the same text without address spaces, over metal.cuh."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 from ..metal_cpu.wrap import KernelSource, place_threadgroup_variables
 

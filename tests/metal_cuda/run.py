@@ -6,14 +6,30 @@ has each launch checked.
 
 import time
 
-from ksa_mlx import kernels
+from ksa_mlx.attention import kernels
 
 from .. import test_kernels as cases
 from .._kernels import name
 from . import gpu, stand_in
 
-LONG = dict(dtype="bfloat16", dim=128, group=4, B=1, rows=1, keys=17416, values="random")
-QUANTISED = dict(dtype="float16", dim=128, group_size=64, bits=8, summary_bits=4, rows=1, B=2)
+LONG = {
+    "dtype": "bfloat16",
+    "dim": 128,
+    "group": 4,
+    "B": 1,
+    "rows": 1,
+    "keys": 17416,
+    "values": "random",
+}
+QUANTISED = {
+    "dtype": "float16",
+    "dim": 128,
+    "group_size": 64,
+    "bits": 8,
+    "summary_bits": 4,
+    "rows": 1,
+    "B": 2,
+}
 
 
 def main():

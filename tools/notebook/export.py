@@ -29,74 +29,74 @@ CONTEXT = 32768
 
 def hub_config(config: NotebookConfig, end_id: int) -> dict:
     """``config.json`` as the released KSA checkpoints have it."""
-    return dict(
-        architectures=["Qwen3ForCausalLM"],
-        attention_bias=False,
-        attention_dropout=0.0,
-        bos_token_id=1,
-        eos_token_id=end_id,
-        head_dim=config.head_dim,
-        hidden_act="silu",
-        hidden_size=config.hidden_size,
-        initializer_range=0.02,
-        intermediate_size=config.intermediate_size,
-        max_position_embeddings=CONTEXT,
-        max_window_layers=config.num_layers,
-        mix_coeff=1.0,
-        model_type="qwen3",
-        num_attention_heads=config.num_heads,
-        num_hidden_layers=config.num_layers,
-        num_key_value_heads=config.num_kv_heads,
-        rms_norm_eps=config.norm_eps,
-        rope_scaling=None,
-        rope_theta=int(config.rope_theta),
-        sliding_window=None,
-        summary_attention_mode="kernel",
-        summary_chunk_position_ids_type="origin",
-        summary_chunk_size=config.chunk,
-        summary_independent_attention_layernorm=False,
-        summary_independent_parameters=True,
-        summary_sliding_chunk_num=f"[{config.window}]*{config.num_layers}",
-        summary_token_begin=config.vocab_size,
-        summary_token_num=1,
-        summary_token_position_ids_type="last_chunk_slice_right",
-        tie_word_embeddings=True,
-        torch_dtype="float16",
-        use_cache=True,
-        use_sliding_window=False,
-        use_summary_attention=True,
-        vocab_size=config.vocab_size + 1,
-    )
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": end_id,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": CONTEXT,
+        "max_window_layers": config.num_layers,
+        "mix_coeff": 1.0,
+        "model_type": "qwen3",
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "rope_scaling": None,
+        "rope_theta": int(config.rope_theta),
+        "sliding_window": None,
+        "summary_attention_mode": "kernel",
+        "summary_chunk_position_ids_type": "origin",
+        "summary_chunk_size": config.chunk,
+        "summary_independent_attention_layernorm": False,
+        "summary_independent_parameters": True,
+        "summary_sliding_chunk_num": f"[{config.window}]*{config.num_layers}",
+        "summary_token_begin": config.vocab_size,
+        "summary_token_num": 1,
+        "summary_token_position_ids_type": "last_chunk_slice_right",
+        "tie_word_embeddings": True,
+        "torch_dtype": "float16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "use_summary_attention": True,
+        "vocab_size": config.vocab_size + 1,
+    }
 
 
 def tokenizer_config(tokenizer) -> dict:
     def token(text, special=True):
-        return dict(
-            content=text,
-            lstrip=False,
-            normalized=False,
-            rstrip=False,
-            single_word=False,
-            special=special,
-        )
+        return {
+            "content": text,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": special,
+        }
 
     added = {i: token(s) for i, s in enumerate(("<unk>", "<s>", "</s>"))}
     added |= {tokenizer.piece_to_id(s): token(s, special=s != "\n") for s in SPECIAL}
-    return dict(
-        tokenizer_class="LlamaTokenizer",
-        add_bos_token=False,
-        add_eos_token=False,
-        add_prefix_space=False,
-        legacy=False,
-        clean_up_tokenization_spaces=False,
-        bos_token="<s>",
-        eos_token=END,
-        pad_token=END,
-        unk_token="<unk>",
-        model_max_length=CONTEXT,
-        added_tokens_decoder={str(i): t for i, t in sorted(added.items())},
-        chat_template=CHAT_TEMPLATE,
-    )
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "legacy": False,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": "<s>",
+        "eos_token": END,
+        "pad_token": END,
+        "unk_token": "<unk>",
+        "model_max_length": CONTEXT,
+        "added_tokens_decoder": {str(i): t for i, t in sorted(added.items())},
+        "chat_template": CHAT_TEMPLATE,
+    }
 
 
 def export(model: NotebookModel, tokenizer_file: Path, folder: Path) -> None:
@@ -107,9 +107,13 @@ def export(model: NotebookModel, tokenizer_file: Path, folder: Path) -> None:
     weights = {n: p.detach().to(torch.float16).contiguous() for n, p in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
-    generation = dict(
-        bos_token_id=1, eos_token_id=end_id, pad_token_id=end_id, do_sample=False, max_new_tokens=48
-    )
+    generation = {
+        "bos_token_id": 1,
+        "eos_token_id": end_id,
+        "pad_token_id": end_id,
+        "do_sample": False,
+        "max_new_tokens": 48,
+    }
     for name, content in (
         ("config.json", hub_config(model.config, end_id)),
         ("generation_config.json", generation),

@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01, steps=4):
         super().__init__(
-            params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps)
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps}
         )
 
     @torch.no_grad()
@@ -238,12 +238,12 @@ def train(
     started, saved = time.process_time() - seconds, time.monotonic()
 
     def save():
-        s = dict(
-            model=model.state_dict(), optimizers=[o.state_dict() for o in opts],
-            rng=list(rng.getstate()),
-            torch_rng=torch.get_rng_state(), config=config.to_dict(),
-            progress=[step, level, since, tokens, recall_average, time.process_time() - started],
-        )  # fmt: skip
+        s = {
+            "model": model.state_dict(), "optimizers": [o.state_dict() for o in opts],
+            "rng": list(rng.getstate()),
+            "torch_rng": torch.get_rng_state(), "config": config.to_dict(),
+            "progress": [step, level, since, tokens, recall_average, time.process_time() - started],
+        }  # fmt: skip
         temporary = state_file.with_suffix(".tmp")
         torch.save(s, temporary)
         temporary.replace(state_file)

@@ -1,15 +1,15 @@
 """What quantised KV saves and costs in decode: `python -m ksa_mlx.benchmark --kv-bits 8 4`."""
 
-from typing import Any, Dict, List
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from .benchmark import filled, in_turns, ratio, size, spread, table
-from .cache import make_cache
+from ..cache.rolling import make_cache
+from .__main__ import filled, in_turns, ratio, size, spread, table
 
 
-def run(ksa, n: int, steps: int, dtype: mx.Dtype, widths: List[int]) -> Dict[str, Any]:
+def run(ksa, n: int, steps: int, dtype: mx.Dtype, widths: list[int]) -> dict[str, Any]:
     """Decode steps after n tokens, on plain and on quantised caches: bytes held, peak, time.
 
     A width is that of all keys and values; "4, text 8" is 4 bits but for the windows' text.
@@ -40,16 +40,16 @@ def run(ksa, n: int, steps: int, dtype: mx.Dtype, widths: List[int]) -> Dict[str
     alive = {name: caches(*(way or ())) for name, way in ways.items()}
     steps_of = {name: lambda c=cache: mx.eval(ksa(token, cache=c)) for name, cache in alive.items()}
     seconds = in_turns(steps_of, steps)
-    return dict(
-        context=n,
-        kv_bytes=held,
-        peak_bytes=peak,
-        median_ms={k: float(np.median(s)) * 1e3 for k, s in seconds.items()},
-        speedup={k: ratio(seconds["plain"], s) for k, s in seconds.items()},
-    )
+    return {
+        "context": n,
+        "kv_bytes": held,
+        "peak_bytes": peak,
+        "median_ms": {k: float(np.median(s)) * 1e3 for k, s in seconds.items()},
+        "speedup": {k: ratio(seconds["plain"], s) for k, s in seconds.items()},
+    }
 
 
-def report(results: List[Dict[str, Any]]) -> str:
+def report(results: list[dict[str, Any]]) -> str:
     rows = [
         [str(r["context"]), name, size(r["kv_bytes"][name]), size(r["peak_bytes"][name])]
         + [f"{r['median_ms'][name]:.2f}", spread(r["speedup"][name])]

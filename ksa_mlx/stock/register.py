@@ -9,7 +9,7 @@ import mlx_lm.models.cache
 import mlx_lm.utils
 from transformers import AutoConfig, Qwen3Config
 
-from .config import MODEL_TYPE
+from ..config import MODEL_TYPE
 
 # The name of `model_file.py` in a converted folder.
 MODEL_FILE = "ksa_model.py"
@@ -28,9 +28,9 @@ def register():
     `mlx_lm.models.<model_type>`, and looks cache classes up by name in its cache module.
     Transformers, which loads the tokenizer, reads the config too and warns of unknown types.
     """
-    from . import model
-    from .cache import RollingSummaryCache
-    from .quantized import MixedRollingSummaryCache, QuantizedRollingSummaryCache
+    from .. import model
+    from ..cache.quantized import MixedRollingSummaryCache, QuantizedRollingSummaryCache
+    from ..cache.rolling import RollingSummaryCache
 
     for cache in (RollingSummaryCache, QuantizedRollingSummaryCache, MixedRollingSummaryCache):
         if not hasattr(mlx_lm.models.cache, cache.__name__):

@@ -1,4 +1,4 @@
-"""mlx_lm.server with a prompt cache that fits KSA models: python -m ksa_mlx.server --model FOLDER
+"""mlx_lm.server with a prompt cache that fits KSA models: python -m ksa_mlx --model FOLDER
 
 All flags are mlx_lm.server's. Without a draft model the stock command serves a KSA model as well
 (`mlx_lm.server --model FOLDER --trust-remote-code`): a default cache is not trimmable, so the
@@ -16,14 +16,13 @@ user's turn and of the answer. What this command changes, as of mlx-lm 0.32:
 - A request's `num_draft_tokens` is cut to the rollback.
 """
 
-import sys
-from typing import Any, List
+from typing import Any
 
 import mlx_lm.server
 from mlx_lm.models.cache import LRUPromptCache, _BaseCache
 
-from .cache import RollingSummaryCache
-from .rollback import settle
+from ..cache.rollback import settle
+from ..cache.rolling import RollingSummaryCache
 
 
 class _Whole(_BaseCache):
@@ -35,7 +34,7 @@ class _Whole(_BaseCache):
 class PromptCache(LRUPromptCache):
     """mlx-lm's prompt cache, for caches that take back only so many tokens."""
 
-    def fetch_nearest_cache(self, model: Any, tokens: List[int]):
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]):
         """A copy of the longest cached prefix, and the tokens behind it, one at least."""
         cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
         if cache is not None and isinstance(cache[-1], _Whole):
@@ -45,8 +44,8 @@ class PromptCache(LRUPromptCache):
     def insert_cache(
         self,
         model: Any,
-        tokens: List[int],
-        prompt_cache: List[Any],
+        tokens: list[int],
+        prompt_cache: list[Any],
         *,
         cache_type: str = "assistant",
     ):
@@ -73,9 +72,3 @@ def install():
     """Make mlx_lm.server, in this process, use the classes above."""
     mlx_lm.server.LRUPromptCache = PromptCache
     mlx_lm.server.ResponseGenerator = ResponseGenerator
-
-
-if __name__ == "__main__":
-    from .run import main
-
-    sys.exit(main(["server", *sys.argv[1:]]))

@@ -1,13 +1,12 @@
 """Several sequences of different lengths in one batch, as mlx-lm's BatchGenerator runs them."""
 
 import copy
-from typing import List, Optional
 
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, _BaseCache
 
-from .attention import Step, text_attention
-from .cache import RollingSummaryCache, join
+from ..attention.windowed import Step, text_attention
+from .rolling import RollingSummaryCache, join
 
 
 class BatchRollingSummaryCache(_BaseCache):
@@ -19,13 +18,13 @@ class BatchRollingSummaryCache(_BaseCache):
     evaluated by its state but never restored from it: `extract` its sequences to save them.
     """
 
-    def __init__(self, rows: List[RollingSummaryCache]):
+    def __init__(self, rows: list[RollingSummaryCache]):
         self.rows = rows
         # Tokens of each row that a right-padded prompt still holds; None: no padding.
-        self._left: Optional[List[int]] = None
+        self._left: list[int] | None = None
 
     @classmethod
-    def merge(cls, caches: List[RollingSummaryCache]) -> "BatchRollingSummaryCache":
+    def merge(cls, caches: list[RollingSummaryCache]) -> "BatchRollingSummaryCache":
         """A batch of the caches of single sequences, which stay as they are."""
         return cls([copy.deepcopy(c) for c in caches])
 
@@ -55,7 +54,7 @@ class BatchRollingSummaryCache(_BaseCache):
     def finalize(self):
         self._left = None
 
-    def next_lengths(self, length: int) -> List[int]:
+    def next_lengths(self, length: int) -> list[int]:
         """How many of the next `length` columns are tokens, row by row."""
         if self._left is None:
             return [length] * len(self.rows)

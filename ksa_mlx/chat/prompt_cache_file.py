@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,18 +18,14 @@ from mlx_lm.models.cache import (
 )
 from safetensors import SafetensorError, safe_open
 
-from .cache import RollingSummaryCache
-from .checkpoint import line
+from ..cache.rolling import RollingSummaryCache
+from ..errors import SessionError, one_line
 
 # The entry in the file's metadata that tells what the cache has read.
 ENTRY = "ksa_mlx"
 
 
-class SessionError(ValueError):
-    """Something that the user asked for cannot be done; one line says why."""
-
-
-def write(file: Path, model, name: str, cache: List[Any], about: Dict[str, Any]):
+def write(file: Path, model, name: str, cache: list[Any], about: dict[str, Any]):
     """Write a cache and what it has read; a file that is there is replaced whole or not at all.
 
     Args:
@@ -47,12 +43,12 @@ def write(file: Path, model, name: str, cache: List[Any], about: Dict[str, Any])
         save_prompt_cache(str(part), cache, metadata)
         os.replace(part, file)
     except (OSError, RuntimeError) as e:
-        raise SessionError(f"{file}: cannot be written ({line(e)})") from None
+        raise SessionError(f"{file}: cannot be written ({one_line(e)})") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-def read(file: Path, model, name: str) -> Tuple[List[Any], Optional[Dict[str, Any]]]:
+def read(file: Path, model, name: str) -> tuple[list[Any], dict[str, Any] | None]:
     """A saved cache and what it has read; None for a cache of `mlx_lm.cache_prompt`.
 
     Raises SessionError if the file is damaged or another model's.
@@ -79,7 +75,7 @@ def read(file: Path, model, name: str) -> Tuple[List[Any], Optional[Dict[str, An
     return cache, about
 
 
-def open_cache(file: Path) -> Tuple[List[Any], Dict[str, Any]]:
+def open_cache(file: Path) -> tuple[list[Any], dict[str, Any]]:
     """A prompt cache file's caches and metadata. Raises SessionError if it is damaged."""
     if not _metadata(file):
         raise SessionError(f"{file}: found no prompt cache, or a damaged one")
@@ -94,10 +90,10 @@ def open_cache(file: Path) -> Tuple[List[Any], Dict[str, Any]]:
 
 
 def _damaged(file: Path, error: Exception) -> SessionError:
-    return SessionError(f"{file}: found a damaged prompt cache ({line(error)})")
+    return SessionError(f"{file}: found a damaged prompt cache ({one_line(error)})")
 
 
-def _parse(entry: str) -> Dict[str, Any]:
+def _parse(entry: str) -> dict[str, Any]:
     found = json.loads(entry)
     return {
         "fingerprint": str(found["fingerprint"]),
@@ -107,7 +103,7 @@ def _parse(entry: str) -> Dict[str, Any]:
     }
 
 
-def check(file: Path, model, cache: List[Any], offset: int):
+def check(file: Path, model, cache: list[Any], offset: int):
     """Whether a cache has the model's layers and has read `offset` tokens in all of them.
 
     Raises SessionError if not. A cache may be quantised.
@@ -135,7 +131,7 @@ def check(file: Path, model, cache: List[Any], offset: int):
             )
 
 
-def _geometry(cache: RollingSummaryCache) -> Tuple[int, int, int]:
+def _geometry(cache: RollingSummaryCache) -> tuple[int, int, int]:
     return cache.chunk, cache.summary_tokens, cache.window
 
 
@@ -144,14 +140,14 @@ def cache_file(file: Path) -> Path:
     return file if file.suffix == ".safetensors" else file.with_name(file.name + ".safetensors")
 
 
-def cache_owner(file: Path) -> Optional[str]:
+def cache_owner(file: Path) -> str | None:
     """The name of the model that a saved cache belongs to, if it says."""
     metadata = _metadata(cache_file(file))
     # mlx-lm 0.32 puts the user's metadata first, 0.31 second.
     return metadata.get("0.model") or metadata.get("1.model")
 
 
-def _metadata(file: Path) -> Dict[str, str]:
+def _metadata(file: Path) -> dict[str, str]:
     """The metadata of a safetensors file; empty if it is none, or not whole."""
     if not file.is_file():
         raise SessionError(f"{file}: no such file")

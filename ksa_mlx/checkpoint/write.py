@@ -6,12 +6,10 @@ import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, List
 
 import mlx.core as mx
 
-from .checkpoint import line
-from .weights import CheckpointError
+from ..errors import CheckpointError, one_line
 
 
 class ShardWriter:
@@ -20,8 +18,8 @@ class ShardWriter:
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
-        self.shard: Dict[str, mx.array] = {}
-        self.files: List[List[str]] = []  # names in each file
+        self.shard: dict[str, mx.array] = {}
+        self.files: list[list[str]] = []  # names in each file
         self.held, self.nbytes, self.parameters = 0, 0, 0
 
     def add(self, name: str, array: mx.array):
@@ -39,7 +37,7 @@ class ShardWriter:
             free = shutil.disk_usage(self.folder).free
             raise CheckpointError(
                 f"{self.folder.parent}: not writable, perhaps full, {free / 1e9:.1f} GB free "
-                f"({line(e)})"
+                f"({one_line(e)})"
             ) from None
         self.files.append(list(self.shard))
         self.shard, self.held = {}, 0

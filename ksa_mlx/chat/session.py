@@ -1,10 +1,11 @@
 """A conversation with a model on one cache: its turns, and what they cost."""
 
 import copy
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 import mlx.core as mx
 from jinja2 import TemplateError
@@ -12,13 +13,12 @@ from mlx_lm import stream_generate
 from mlx_lm.generate import generate_step, maybe_quantize_kv_cache
 from mlx_lm.models.cache import make_prompt_cache
 
-from . import saved
-from .cache import make_cache
-from .checkpoint import line
-from .model import Model
-from .rollback import settle
-from .saved import SessionError
-from .sources import Trace, question_start, trace_answer
+from ..cache.rollback import settle
+from ..cache.rolling import make_cache
+from ..chat import prompt_cache_file
+from ..errors import SessionError, one_line
+from ..model import Model
+from ..references.trace import Trace, question_start, trace_answer
 
 
 class _Stopped(Exception):
@@ -33,7 +33,7 @@ class Usage:
     prompt_tps: float
     generation_tokens: int
     generation_tps: float
-    finish_reason: Optional[str]
+    finish_reason: str | None
     drafted: int = 0  # tokens that the draft model proposed
 
 
@@ -62,18 +62,18 @@ class Session:
         model,
         tokenizer,
         name: str,
-        system_prompt: Optional[str] = None,
+        system_prompt: str | None = None,
         use_template: bool = True,
-        template_options: Optional[Dict[str, Any]] = None,
+        template_options: dict[str, Any] | None = None,
         max_tokens: int = 256,
         prefill_step_size: int = 2048,
-        options: Optional[Dict[str, Any]] = None,
-        progress: Optional[Callable[[int, int], None]] = None,
+        options: dict[str, Any] | None = None,
+        progress: Callable[[int, int], None] | None = None,
         draft_model=None,
         num_draft_tokens: int = 3,
-        kv: Optional[Dict[str, int]] = None,
-        text_bits: Optional[int] = None,
-        on_sources: Optional[Callable[[Trace], None]] = None,
+        kv: dict[str, int] | None = None,
+        text_bits: int | None = None,
+        on_sources: Callable[[Trace], None] | None = None,
     ):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.system_prompt = system_prompt
@@ -85,17 +85,17 @@ class Session:
         self.draft_model, self.num_draft_tokens = draft_model, num_draft_tokens
         self.kv, self.text_bits = kv or {}, text_bits
         self.on_sources = on_sources
-        self._said: Optional[tuple] = None  # prompt, answer, its question, a cache before them
+        self._said: tuple | None = None  # prompt, answer, its question, a cache before them
         self.stop = False  # set by a signal handler: end the answer after the next token
-        self.usage: Optional[Usage] = None
+        self.usage: Usage | None = None
         self.reset()
 
     def reset(self):
         """Begin again: the system prompt and nothing else."""
-        self.messages: List[Dict[str, str]] = []
+        self.messages: list[dict[str, str]] = []
         if self.has_template and self.system_prompt:
             self.messages.append({"role": "system", "content": self.system_prompt})
-        self.plain: List[int] = []  # the conversation without a template, as tokens
+        self.plain: list[int] = []  # the conversation without a template, as tokens
         if not self.has_template and self.system_prompt:
             self.plain = self.tokenizer.encode(self.system_prompt)
         self.forget()
@@ -107,10 +107,10 @@ class Session:
         else:
             # Both models' layers in one list, as mlx-lm has it.
             self.cache = self._rolling_back(self.model) + self._rolling_back(self.draft_model)
-        self.tokens: List[int] = []  # what the cache has read
+        self.tokens: list[int] = []  # what the cache has read
         self.stock_tokens = 0  # of a cache that mlx-lm made: how many it has read
 
-    def _rolling_back(self, model) -> List[Any]:
+    def _rolling_back(self, model) -> list[Any]:
         """A cache that rejected drafts can be taken back from."""
         if not isinstance(model, Model):
             return make_prompt_cache(model)
@@ -118,7 +118,7 @@ class Session:
         return make_cache(model, rollback, self.text_bits)
 
     @property
-    def own_cache(self) -> List[Any]:
+    def own_cache(self) -> list[Any]:
         """The cache without the draft model's."""
         return self.cache[: len(self.model.layers)]
 
@@ -231,7 +231,7 @@ class Session:
             step = self.prefill_step_size
             self.on_sources(trace_answer(self.model, prompt, answer, question, cache, step))
 
-    def _speculate(self, new: List[int]) -> Dict[str, Any]:
+    def _speculate(self, new: list[int]) -> dict[str, Any]:
         """Arguments of `stream_generate` for a draft model, and the quantisation they leave out:
         mlx-lm would quantise copies of the cache list here, so it is done before the turn."""
         if self.kv and self.offset + len(new) >= self.kv["quantized_kv_start"]:
@@ -284,7 +284,7 @@ class Session:
         self.tokens = tokens
         return len(tokens)
 
-    def _prompt(self, text: str) -> Tuple[List[int], List[Dict[str, str]]]:
+    def _prompt(self, text: str) -> tuple[list[int], list[dict[str, str]]]:
         """All tokens that must be read before the answer, and the messages they stand for."""
         if not self.has_template:
             # What begins a text (a BOS token) comes once.
@@ -297,15 +297,15 @@ class Session:
             return self._suffix(messages), messages
         return self._render(messages, True), messages
 
-    def _render(self, messages: List[Dict[str, str]], generation: bool, **kwargs):
+    def _render(self, messages: list[dict[str, str]], generation: bool, **kwargs):
         try:
             return self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=generation, **{**self.template_options, **kwargs}
             )
         except (TemplateError, TypeError, KeyError) as e:
-            raise SessionError(f"chat template: refused these messages ({line(e)})") from None
+            raise SessionError(f"chat template: refused these messages ({one_line(e)})") from None
 
-    def _suffix(self, messages: List[Dict[str, str]]) -> List[int]:
+    def _suffix(self, messages: list[dict[str, str]]) -> list[int]:
         """What follows a cache of `mlx_lm.cache_prompt`: the template from the question on."""
         question = messages[-1]["content"]
         marked = [*messages[:-1], {"role": "user", "content": "<query>"}]
@@ -313,7 +313,7 @@ class Session:
         rendered = rendered[rendered.index("<query>") :].replace("<query>", question, 1)
         return self.tokenizer.encode(rendered, add_special_tokens=False)
 
-    def _unread(self, prompt: List[int]) -> List[int]:
+    def _unread(self, prompt: list[int]) -> list[int]:
         """The part of a prompt that is new. Empties the cache if it has read something else."""
         begin = self.model.args.summary_token_begin
         for token in prompt:
@@ -361,7 +361,7 @@ class Session:
             f"full attention would hold {mb(full)}{ratio}"
         )
 
-    def report(self) -> List[str]:
+    def report(self) -> list[str]:
         """What mlx_lm.generate reports, and the KV cache."""
         lines, u = [], self.usage
         if u is not None:
@@ -386,14 +386,14 @@ class Session:
         if self.stock_tokens:
             raise SessionError("this cache came from mlx_lm.cache_prompt, which keeps it")
         about = {"messages": self.messages, "plain": self.plain, "tokens": self.tokens}
-        saved.write(file, self.model, self.name, self.own_cache, about)
+        prompt_cache_file.write(file, self.model, self.name, self.own_cache, about)
 
     def load(self, file: Path):
         """Take over a saved cache and conversation, if they are this model's.
 
         Also takes a cache of `mlx_lm.cache_prompt`, for one question.
         """
-        cache, about = saved.read(file, self.model, self.name)
+        cache, about = prompt_cache_file.read(file, self.model, self.name)
         if about is None and self.draft_model:
             raise SessionError(
                 f"{file}: does not say which text it holds, which a draft model would have to read"

@@ -5,15 +5,16 @@ import json
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from string import Template
-from typing import IO, Iterator, List, Tuple
+from typing import IO
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from .sources import Reference, Trace, pieces
+from .trace import Reference, Trace, pieces
 
 # Tokens shown on either side of a reference.
 AROUND = 16
@@ -37,7 +38,7 @@ def print_references(trace: Trace, tokenizer, file: IO[str], top: int = 3):
         console.print(Text.assemble("  ", before, words, after), soft_wrap=not styled)
 
 
-def _worth_showing(trace: Trace, tokenizer, top: int) -> List[Reference]:
+def _worth_showing(trace: Trace, tokenizer, top: int) -> list[Reference]:
     return [r for r in trace.references(tokenizer, top) if r.weight >= 0.01]
 
 
@@ -52,7 +53,7 @@ def describe(r: Reference) -> str:
     return f"{how}, tokens {r.start:,} to {r.stop - 1:,}"
 
 
-def in_place(trace: Trace, tokenizer, r: Reference) -> Tuple[str, str, str]:
+def in_place(trace: Trace, tokenizer, r: Reference) -> tuple[str, str, str]:
     """What stands before a reference, its words, and what stands after it, in one line."""
     begin, end = max(0, r.start - AROUND), min(trace.prompt_length, r.stop + AROUND)
     parts = pieces(tokenizer, trace.tokens, [begin, r.start, r.stop, end])
@@ -97,7 +98,7 @@ def page(trace: Trace, tokenizer, top: int = 5) -> str:
         if found
         else "No references: nothing but the question was read."
     )
-    template = Template(Path(__file__).with_name("sources.html").read_text(encoding="utf-8"))
+    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         answer="".join(_answer(trace, tokenizer)),
         about=escape(about),
@@ -122,7 +123,7 @@ def escape(text: str) -> str:
 
 def _context(trace: Trace, tokenizer) -> Iterator[str]:
     cuts = [*range(0, trace.question, trace.chunk), trace.question, trace.prompt_length]
-    texts: List[str] = [escape(t) for t in pieces(tokenizer, trace.tokens, cuts)]
+    texts: list[str] = [escape(t) for t in pieces(tokenizer, trace.tokens, cuts)]
     *texts, tail = texts
     shades = _shades(trace.weights())
     for i, (text, shade, weight) in enumerate(zip(texts, shades, trace.weights())):

@@ -1,7 +1,7 @@
 """Loading KSA models: converted folders, unconverted Hub-layout folders, and repo ids."""
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any
 
 import mlx.nn as nn
 import mlx_lm.utils
@@ -11,19 +11,20 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .checkpoint import SafetensorsFiles, line, read_json, shards
-from .config import MODEL_TYPE, ConfigError, ModelArgs, is_ksa
-from .model import Model
+from ..config import MODEL_TYPE, ModelArgs, is_ksa
+from ..errors import CheckpointError, ConfigError, one_line
+from ..model import Model
+from ..weights import announced, hub_plan, mlx_plan
 from .muse import is_muse
-from .weights import CheckpointError, announced, hub_plan, mlx_plan
+from .tensors import SafetensorsFiles, read_json, shards
 
 CONVERT_FIRST = "convert it first: python convert.py --hf-path {} --mlx-path DST"
 
 
 def fetch(
-    path_or_repo: Union[str, Path],
-    revision: Optional[str] = None,
-    patterns: Optional[List[str]] = None,
+    path_or_repo: str | Path,
+    revision: str | None = None,
+    patterns: list[str] | None = None,
 ) -> Path:
     """A local path as it is, or a Hub repo's files (those of `patterns`) on this machine."""
     path = Path(path_or_repo).expanduser()
@@ -44,11 +45,11 @@ def fetch(
     except RevisionNotFoundError:
         why = f"this repo has no revision {revision!r}"
     except Exception as e:  # the network's and the client's many ways to fail
-        why = f"no such folder here, and not to be had from the Hub ({line(e)})"
+        why = f"no such folder here, and not to be had from the Hub ({one_line(e)})"
     raise CheckpointError(f"{name}: {why}")
 
 
-def read_config(folder: Path) -> Dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """The folder's `config.json`. Raises `CheckpointError` if it is not a KSA model's."""
     file = folder / "config.json"
     if not file.is_file():
@@ -58,7 +59,7 @@ def read_config(folder: Path) -> Dict[str, Any]:
     return config
 
 
-def check_is_ksa(config: Dict[str, Any], file: Path):
+def check_is_ksa(config: dict[str, Any], file: Path):
     if is_ksa(config):
         return
     kind = config.get("model_type") or config.get("model_class") or "unknown"
@@ -69,7 +70,7 @@ def check_is_ksa(config: Dict[str, Any], file: Path):
     )
 
 
-def model_args(config: Dict[str, Any], file: Path) -> ModelArgs:
+def model_args(config: dict[str, Any], file: Path) -> ModelArgs:
     """`ModelArgs.from_dict`, with the file's name in its errors."""
     try:
         return ModelArgs.from_dict(config)
@@ -78,8 +79,8 @@ def model_args(config: Dict[str, Any], file: Path) -> ModelArgs:
 
 
 def open_folder(
-    path_or_repo: Union[str, Path], revision: Optional[str] = None
-) -> Tuple[Path, Dict[str, Any]]:
+    path_or_repo: str | Path, revision: str | None = None
+) -> tuple[Path, dict[str, Any]]:
     """The folder of a KSA model, downloaded where it is a repo's, and its config."""
     folder = fetch(path_or_repo, revision, ["config.json"])
     config = read_config(folder)
@@ -90,12 +91,12 @@ def open_folder(
 
 
 def load_model(
-    path_or_repo: Union[str, Path],
+    path_or_repo: str | Path,
     lazy: bool = False,
     strict: bool = True,
-    model_config: Optional[Dict[str, Any]] = None,
-    revision: Optional[str] = None,
-) -> Tuple[nn.Module, Dict[str, Any]]:
+    model_config: dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
     """Load a KSA model without its tokenizer.
 
     Args:
@@ -143,7 +144,7 @@ def _load_model(folder, config, model_config=None, lazy=False, strict=True):
             folder, lazy, strict, overrides, get_model_classes=lambda config: (Model, ModelArgs)
         )
     except (ValueError, RuntimeError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{folder}: {line(e)}") from None
+        raise CheckpointError(f"{folder}: {one_line(e)}") from None
     loaded.pop("model_file")
     if converted and "model_file" in config:
         loaded["model_file"] = config["model_file"]
@@ -151,13 +152,13 @@ def _load_model(folder, config, model_config=None, lazy=False, strict=True):
 
 
 def load(
-    path_or_repo: Union[str, Path],
-    tokenizer_config: Optional[Dict[str, Any]] = None,
-    model_config: Optional[Dict[str, Any]] = None,
-    adapter_path: Optional[str] = None,
+    path_or_repo: str | Path,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
     lazy: bool = False,
     return_config: bool = False,
-    revision: Optional[str] = None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
 ):
     """Load a KSA model and its tokenizer; arguments as `mlx_lm.load`'s (see `load_model`).
@@ -178,6 +179,6 @@ def load(
         )
     except Exception as e:  # transformers says "no tokenizer" in many ways
         raise CheckpointError(
-            f"{folder}: no tokenizer that loads ({line(e)}); load_model loads the model alone"
+            f"{folder}: no tokenizer that loads ({one_line(e)}); load_model loads the model alone"
         ) from None
     return (model, tokenizer, config) if return_config else (model, tokenizer)

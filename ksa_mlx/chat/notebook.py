@@ -11,12 +11,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from .chat import read_ahead
-from .convert import convert
+from ..convert import convert
+from ..errors import CheckpointError
 from .session import Session
-from .weights import CheckpointError
+from .terminal import read_ahead
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 CHECKPOINT = PACKAGE / "notebook"
 
 # Questions about notes.txt, and the notes that answer them.

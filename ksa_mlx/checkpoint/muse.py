@@ -4,10 +4,11 @@ Source: github Kuaishou-OneRec/KSA at 623c531, `muse/config/model_config.py`,
 `muse/models/qwen3_sa/` and `examples/pretrain/convert/checkpoint.py`.
 """
 
-from typing import Any, Dict
+from typing import Any
 
-from .config import ConfigError, ModelArgs
-from .weights import EMBED, HEAD, SUMMARY, Plan, hub_plan
+from ..config import ModelArgs
+from ..errors import ConfigError
+from ..weights import EMBED, HEAD, SUMMARY, Plan, hub_plan
 
 # Ends of names, ours and Muse's.
 _NAMES = {
@@ -52,15 +53,15 @@ _FIELDS = (
 )
 
 
-def is_muse(config: Dict[str, Any]) -> bool:
+def is_muse(config: dict[str, Any]) -> bool:
     return "embed_dim" in config or "model_class" in config
 
 
-def own_embedding(muse: Dict[str, Any]) -> bool:
+def own_embedding(muse: dict[str, Any]) -> bool:
     return muse.get("summary_independent_parameters", False) is True
 
 
-def to_hub_config(muse: Dict[str, Any]) -> Dict[str, Any]:
+def to_hub_config(muse: dict[str, Any]) -> dict[str, Any]:
     """A Muse config as a KSA config. Raises `ConfigError` for what only Muse can run.
 
     Own projections weigh 1.0, Muse's rule, and 0 where `summary_independent_qkv` turns them
@@ -110,7 +111,7 @@ def to_hub_config(muse: Dict[str, Any]) -> Dict[str, Any]:
     return config
 
 
-def muse_plan(args: ModelArgs, muse: Dict[str, Any]) -> Plan:
+def muse_plan(args: ModelArgs, muse: dict[str, Any]) -> Plan:
     """From Muse's layout to ours. `args` are of `to_hub_config(muse)`."""
     hub, plan = hub_plan(args), Plan()
     begin, count = args.summary_token_begin, args.summary_token_num
@@ -140,7 +141,7 @@ def muse_plan(args: ModelArgs, muse: Dict[str, Any]) -> Plan:
     return plan
 
 
-def _has_bias(name: str, muse: Dict[str, Any]) -> bool:
+def _has_bias(name: str, muse: dict[str, Any]) -> bool:
     """Muse's q, k and v have a bias each as the config says; its o_proj never has one."""
     projection = name.split(".")[-2][0]
     return projection != "o" and bool(muse.get(f"{projection}_proj_bias", False))

@@ -8,13 +8,14 @@ not: `docs/references.md`.
 
 import copy
 import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Union
 
 import mlx.core as mx
 import numpy as np
 
-from .cache import RollingSummaryCache, make_cache
+from ..cache.rolling import RollingSummaryCache, make_cache
 
 # Keys whose scores are held at once: bounds the workspace at heads x k x BLOCK.
 BLOCK = 4096
@@ -28,7 +29,7 @@ KEPT = 64
 # A first chunk that gets more of all attention than this is a sink and no source.
 SINK = 0.25
 
-Prompt = Union[str, Sequence[int], List[Dict[str, str]]]
+Prompt = Union[str, Sequence[int], list[dict[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ def references(
     model,
     tokenizer,
     prompt: Prompt,
-    answer: Union[str, Sequence[int]],
+    answer: str | Sequence[int],
     *,
-    question: Union[None, str, int] = None,
+    question: None | str | int = None,
     by_layer: bool = False,
     top: int = 5,
-    cache: Optional[List[Any]] = None,
+    cache: list[Any] | None = None,
     prefill_step_size: int = 2048,
-) -> Union[List[Reference], List[List[Reference]]]:
+) -> list[Reference] | list[list[Reference]]:
     """The passages of a prompt that an answer's tokens attended to most, heaviest first.
 
     Args:
@@ -89,7 +90,7 @@ def references(
     return trace.references(tokenizer, top)
 
 
-def _read_prompt(tokenizer, prompt: Prompt, question) -> Tuple[List[int], int]:
+def _read_prompt(tokenizer, prompt: Prompt, question) -> tuple[list[int], int]:
     """The prompt's tokens, and where its question begins."""
     if isinstance(prompt, str):
 
@@ -118,7 +119,7 @@ def _read_prompt(tokenizer, prompt: Prompt, question) -> Tuple[List[int], int]:
     return ids, start if question is None else max(0, len(ids) - question)
 
 
-def question_start(render: Callable[[str], List[int]], text: str, ids: List[int]) -> int:
+def question_start(render: Callable[[str], list[int]], text: str, ids: list[int]) -> int:
     """The token where the question begins in ids = render(text): the last line of `text`, of one
     line the last sentence."""
     text = text.rstrip()
@@ -137,7 +138,7 @@ class Trace:
     which spread as much attention over the whole text.
     """
 
-    tokens: List[int]  # prompt and answer
+    tokens: list[int]  # prompt and answer
     prompt_length: int
     question: int  # where the context ends
     chunk: int
@@ -152,12 +153,12 @@ class Trace:
         """Chunks of the context."""
         return self.by_layer.shape[1]
 
-    def weights(self, layer: Optional[int] = None) -> np.ndarray:
+    def weights(self, layer: int | None = None) -> np.ndarray:
         """The chunks' shares of the weight, (chunks,), summing to 1; over all layers or in one."""
         w = self.by_layer.sum(0) if layer is None else self.by_layer[layer]
         return w / max(w.sum(), 1e-30)
 
-    def references(self, tokenizer, top: int = 5, layer: Optional[int] = None) -> List[Reference]:
+    def references(self, tokenizer, top: int = 5, layer: int | None = None) -> list[Reference]:
         """The heaviest passages, at most `top`, heaviest first; over all layers or in one."""
         weights, found = self.weights(layer), []
         layers = slice(None) if layer is None else slice(layer, layer + 1)
@@ -178,7 +179,7 @@ class Trace:
         return sorted(found, key=lambda r: -r.weight)
 
 
-def passages(weights: np.ndarray, top: int) -> List[Tuple[int, int]]:
+def passages(weights: np.ndarray, top: int) -> list[tuple[int, int]]:
     """The `top` heaviest chunks, each with its heavy neighbours: ranges first .. last - 1."""
     left, found = weights.copy(), []
     while len(found) < top and left.size and (peak := left.max()) > 0:
@@ -197,10 +198,10 @@ def passages(weights: np.ndarray, top: int) -> List[Tuple[int, int]]:
 
 def trace_answer(
     model,
-    prompt: List[int],
-    answer: List[int],
+    prompt: list[int],
+    answer: list[int],
     question: int,
-    cache: Optional[List[Any]] = None,
+    cache: list[Any] | None = None,
     prefill_step_size: int = 2048,
 ) -> Trace:
     """Read an answer once more and record what its tokens attended to.
@@ -334,7 +335,7 @@ def chunk_mass(queries: mx.array, cache, chunk: int, split: int = 0) -> mx.array
     return mass[..., : mass.shape[-1] - len(rest)]
 
 
-def _visible_keys(cache, k: int) -> Iterator[Tuple[mx.array, int, Optional[int]]]:
+def _visible_keys(cache, k: int) -> Iterator[tuple[mx.array, int, int | None]]:
     """Blocks of the keys that the last token sees, oldest first: (keys (KV heads, ..., head_dim),
     keys a chunk, position of the first; None for summaries)."""
     if isinstance(cache, RollingSummaryCache):
@@ -360,7 +361,7 @@ def _visible_keys(cache, k: int) -> Iterator[Tuple[mx.array, int, Optional[int]]
         yield block[0], k, a
 
 
-def pieces(tokenizer, tokens: List[int], cuts: Sequence[int]) -> Iterator[str]:
+def pieces(tokenizer, tokens: list[int], cuts: Sequence[int]) -> Iterator[str]:
     """The text between neighbouring cuts, positions in `tokens`. A character whose bytes are in
     several tokens belongs to the last of them."""
 

@@ -1,4 +1,4 @@
-"""mlx-lm's own commands with KSA models known to them: python -m ksa_mlx.run generate --model ...
+"""mlx-lm's own commands with KSA models known to them: python -m ksa_mlx generate --model ...
 
 Every subcommand of mlx-lm (generate, chat, server, cache_prompt, convert, lora, ...) with its own
 flags. In comparison with `mlx_lm.generate --trust-remote-code` and so on:
@@ -17,17 +17,17 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import List, Optional
 
 import mlx_lm.cli
 
-from . import saved
-from .checkpoint import line
+from .cache.rollback import ENOUGH, ROLLBACK
+from .chat import prompt_cache_file
+from .errors import one_line
 from .model import Model
-from .rollback import ENOUGH, ROLLBACK
+from .stock import server
 
 
-def reach_of_drafts(argv: List[str]) -> Optional[int]:
+def reach_of_drafts(argv: list[str]) -> int | None:
     """The rollback that a command line with a draft model needs; None without one."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--draft-model")
@@ -42,7 +42,7 @@ def check_prompt_cache_files():
     opened, load = [], command.load
 
     def load_prompt_cache(file_name, return_metadata=False):
-        cache, metadata = saved.open_cache(Path(file_name))
+        cache, metadata = prompt_cache_file.open_cache(Path(file_name))
         opened.append((Path(file_name), cache))
         return (cache, metadata) if return_metadata else cache
 
@@ -51,21 +51,19 @@ def check_prompt_cache_files():
         while opened:
             file, cache = opened.pop()
             if isinstance(loaded[0], Model):
-                saved.check(file, loaded[0], cache, cache[0].offset)
+                prompt_cache_file.check(file, loaded[0], cache, cache[0].offset)
         return loaded
 
     command.load_prompt_cache, command.load = load_prompt_cache, load_and_check
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run a command of mlx-lm. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv else ""
     if (reach := reach_of_drafts(argv)) is not None:
         os.environ.setdefault(ROLLBACK, str(reach))
     if command == "server":
-        from . import server
-
         server.install()
     elif command == "generate":
         check_prompt_cache_files()
@@ -75,7 +73,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, RuntimeError) as e:  # MLX's own errors are RuntimeErrors
-        print(f"error: {line(e)}", file=sys.stderr)
+        print(f"error: {one_line(e)}", file=sys.stderr)
         return 1
     return 0
 

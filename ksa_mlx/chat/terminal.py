@@ -2,15 +2,15 @@
 
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Dict, Iterator, Optional
 
-from .checkpoint import line
-from .saved import SessionError, cache_file
+from ..errors import SessionError, one_line
+from ..references.page import print_references, write_page
+from ..references.trace import Trace
+from .prompt_cache_file import cache_file
 from .session import Session
-from .sources import Trace
-from .sources_view import print_references, write_page
 
 try:
     import readline  # noqa: F401  (history and editing for input())
@@ -49,7 +49,7 @@ def ctrl_c_stops(session: Session) -> Iterator[None]:
 def chat(session: Session):
     """Read turns and commands from standard input until it ends."""
     sources = session.on_sources or show_references(session.tokenizer)
-    commands: Dict[str, Callable[[Session, Optional[Path]], None]] = {
+    commands: dict[str, Callable[[Session, Path | None], None]] = {
         "/reset": _reset,
         "/save": _save,
         "/load": _load,
@@ -77,10 +77,10 @@ def chat(session: Session):
         except SessionError as e:
             print(f"error: {e}", file=sys.stderr)
         except (OSError, RuntimeError, ValueError) as e:  # a bad file name, say: the chat goes on
-            print(f"error: {line(e)}", file=sys.stderr)
+            print(f"error: {one_line(e)}", file=sys.stderr)
 
 
-def _command(session: Session, commands: Dict[str, Callable], text: str):
+def _command(session: Session, commands: dict[str, Callable], text: str):
     command, _, file = text.strip().partition(" ")
     if command not in commands:
         raise SessionError(f"{command}: no such command; /help lists them")
@@ -123,7 +123,7 @@ def turn(session: Session, text: str, about: bool = True) -> bool:
     return True
 
 
-def show_references(tokenizer, page: Optional[Path] = None, show: bool = True):
+def show_references(tokenizer, page: Path | None = None, show: bool = True):
     """What a session does with an answer's `Trace`: print references, write a page of them."""
 
     def on_sources(trace: Trace):

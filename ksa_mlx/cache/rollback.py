@@ -1,9 +1,9 @@
 """Taking back tokens: who asks for it, and what mlx-lm's speculative decoding leaves behind."""
 
 import os
-from typing import Any, List
+from typing import Any
 
-from .config import ConfigError
+from ..errors import ConfigError
 
 # Overrides the config's `rollback`, for commands that have no flag of their own for it.
 ROLLBACK = "KSA_MLX_ROLLBACK"
@@ -26,7 +26,7 @@ def wanted_rollback(configured: int) -> int:
     return int(value)
 
 
-def settle(cache: List[Any]) -> int:
+def settle(cache: list[Any]) -> int:
     """Make all layers' caches, of a model and of its draft, hold the same text. Returns its tokens.
 
     `speculative_generate_step` ends with the model's cache one token behind what it has yielded

@@ -9,19 +9,21 @@ but exact counts.
 
 import importlib
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from tqdm import tqdm
 
-from . import attention, kernels
-from .benchmark import in_turns, ratio, spread, table
-from .model import ModelArgs
+from ..attention import kernels
+from ..attention import windowed as attention
+from ..model import ModelArgs
+from .__main__ import in_turns, ratio, spread, table
 
 # Decode goes through caches of so many layers, so that they are read from memory.
 LAYERS = 8
@@ -46,8 +48,8 @@ class Case:
     name: str
     context: int
     queries: mx.array
-    kernel: List[Attend]
-    ops: List[Attend]
+    kernel: list[Attend]
+    ops: list[Attend]
     exact: Attend
     visible: int
     pairs: int
@@ -148,7 +150,7 @@ def cases(
             yield prefill(args, n, dtype, rows)
 
 
-def chain(layers: List[Attend], x: mx.array) -> mx.array:
+def chain(layers: list[Attend], x: mx.array) -> mx.array:
     for layer in layers:
         x = layer(x)
     return x
@@ -161,7 +163,7 @@ def error(case: Case) -> float:
     return (mx.abs(got - expected).max() / mx.abs(expected).max()).item()
 
 
-def measure(case: Case, steps: int, turns: int) -> Dict[str, Any]:
+def measure(case: Case, steps: int, turns: int) -> dict[str, Any]:
     """Seconds of a layer by the kernel, by MLX's operations, and of a copy, in turns."""
     block = mx.ones(COPY_BYTES // 4)
     runs = {
@@ -171,20 +173,20 @@ def measure(case: Case, steps: int, turns: int) -> Dict[str, Any]:
     }
     seconds = in_turns(runs, steps if case.queries.shape[2] == 1 else turns)
     layer, ops = (float(np.median(seconds[r])) / len(case.kernel) for r in ("kernel", "ops"))
-    return dict(
-        kernel=case.name,
-        context=case.context,
-        error=error(case),
-        kernel_ms=layer * 1e3,
-        ops_ms=ops * 1e3,
-        faster=ratio(seconds["ops"], seconds["kernel"]),
-        gb_s=case.visible / layer / 1e9,
-        copy_gb_s=2 * block.nbytes / float(np.median(seconds["copy"])) / 1e9,
-        gflops=4 * case.pairs * case.queries.shape[-1] / layer / 1e9,
-    )
+    return {
+        "kernel": case.name,
+        "context": case.context,
+        "error": error(case),
+        "kernel_ms": layer * 1e3,
+        "ops_ms": ops * 1e3,
+        "faster": ratio(seconds["ops"], seconds["kernel"]),
+        "gb_s": case.visible / layer / 1e9,
+        "copy_gb_s": 2 * block.nbytes / float(np.median(seconds["copy"])) / 1e9,
+        "gflops": 4 * case.pairs * case.queries.shape[-1] / layer / 1e9,
+    }
 
 
-def count(case: Case, log) -> Dict[str, Any]:
+def count(case: Case, log) -> dict[str, Any]:
     """What the launches of one layer's attention do, as the instrument saw it."""
     log.clear()
     mx.eval(case.kernel[0](case.queries))
@@ -203,25 +205,25 @@ def count(case: Case, log) -> Dict[str, Any]:
         names = (name.split()[1] for name in loaded)
         return sum(b for name, b in zip(names, loaded.values()) if name.endswith(ends))
 
-    return dict(
-        kernel=case.name,
-        context=case.context,
-        error=error(case),
-        visible=case.visible,
-        keys=of_cache("keys"),
-        values=of_cache("values"),
-        affine=of_cache("scales", "biases"),
-        loaded_by_buffer=loaded,
-        launches=len(launches),
-        threadgroups=total("threadgroups"),
-        barriers=total("threadgroup_barriers"),
-        matrix_loads=total("matrix_loads"),
-        matrix_multiplies=total("matrix_multiplies"),
-        threadgroup_bytes=max(launch.threadgroup_bytes for launch in launches),
-    )
+    return {
+        "kernel": case.name,
+        "context": case.context,
+        "error": error(case),
+        "visible": case.visible,
+        "keys": of_cache("keys"),
+        "values": of_cache("values"),
+        "affine": of_cache("scales", "biases"),
+        "loaded_by_buffer": loaded,
+        "launches": len(launches),
+        "threadgroups": total("threadgroups"),
+        "barriers": total("threadgroup_barriers"),
+        "matrix_loads": total("matrix_loads"),
+        "matrix_multiplies": total("matrix_multiplies"),
+        "threadgroup_bytes": max(launch.threadgroup_bytes for launch in launches),
+    }
 
 
-def times_report(rows: List[Dict[str, Any]]) -> str:
+def times_report(rows: list[dict[str, Any]]) -> str:
     head = ["kernel", "context", "kernel ms", "MLX ms", "faster", "kernel GB/s", "copy GB/s"]
     lines = [
         [r["kernel"], str(r["context"]), f"{r['kernel_ms']:.3f}", f"{r['ops_ms']:.3f}"]
@@ -239,7 +241,7 @@ def times_report(rows: List[Dict[str, Any]]) -> str:
     )
 
 
-def counts_report(rows: List[Dict[str, Any]]) -> str:
+def counts_report(rows: list[dict[str, Any]]) -> str:
     head = ["kernel", "context", "visible bytes", "keys loaded", "values", "scales, biases"]
     head += ["loaded / visible", "launches", "threadgroups", "barriers", "matrix loads"]
     head += ["matrix products", "threadgroup memory", "error"]
@@ -262,7 +264,7 @@ def counts_report(rows: List[Dict[str, Any]]) -> str:
 
 def instrument():
     """tests/metal_cpu of the clone that this file lies in. SystemExit if it cannot be run."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     needs = "kernels: no Metal device here; needed is a Mac, or a clone of the project with clang"
     if not (root / "tests" / "metal_cpu" / "__init__.py").is_file():
         raise SystemExit(f"{needs}: {root / 'tests' / 'metal_cpu'} not found")

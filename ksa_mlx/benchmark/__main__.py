@@ -14,8 +14,9 @@ import importlib.util
 import json
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,16 +24,26 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import qwen3
 from mlx_lm.models.cache import KVCache
 
-from .cache import RollingSummaryCache, make_cache
-from .config import MODEL_TYPE
-from .model import Model, ModelArgs
+from ..cache.rolling import RollingSummaryCache, make_cache
+from ..config import MODEL_TYPE
+from ..model import Model, ModelArgs
 
 SHAPES = {
     # The released 4B has one full layer after three of 128 chunks; so has the small one.
-    "small": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, vocab_size=4097)
-    | dict(num_attention_heads=8, num_key_value_heads=2, head_dim=64),
-    "4b": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, vocab_size=151937)
-    | dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128),
+    "small": {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "vocab_size": 4097,
+    }
+    | {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
+    "4b": {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "vocab_size": 151937,
+    }
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
 }
 PREFILL_STEP = 2048  # tokens, as in mlx_lm.generate
 
@@ -95,7 +106,7 @@ def filled(cache, args: ModelArgs, n: int, dtype: mx.Dtype, random: bool = True)
     return cache
 
 
-def cut(args: ModelArgs, n: int, dtype: mx.Dtype) -> List[KVCache]:
+def cut(args: ModelArgs, n: int, dtype: mx.Dtype) -> list[KVCache]:
     """Plain caches of as many keys as a KSA model reads after n tokens: its limit."""
     caches = []
     for window in args.windows:
@@ -108,7 +119,7 @@ def cut(args: ModelArgs, n: int, dtype: mx.Dtype) -> List[KVCache]:
     return caches
 
 
-def in_turns(runs: Dict[str, Callable[[], Any]], turns: int, warmup: int = 3) -> Dict[str, Any]:
+def in_turns(runs: dict[str, Callable[[], Any]], turns: int, warmup: int = 3) -> dict[str, Any]:
     """Seconds of each run, taken in turns: {name: array of `turns`}."""
     seconds = {name: [] for name in runs}
     for turn in range(warmup + turns):
@@ -120,13 +131,13 @@ def in_turns(runs: Dict[str, Callable[[], Any]], turns: int, warmup: int = 3) ->
     return {name: np.array(s) for name, s in seconds.items()}
 
 
-def ratio(a: np.ndarray, b: np.ndarray) -> Dict[str, float]:
+def ratio(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     """The median of a / b turn by turn, and its quartiles."""
     low, median, high = np.percentile(a / b, [25, 50, 75])
-    return dict(median=float(median), low=float(low), high=float(high))
+    return {"median": float(median), "low": float(low), "high": float(high)}
 
 
-def decode(ksa, full, n: int, steps: int, dtype: mx.Dtype) -> Dict[str, Any]:
+def decode(ksa, full, n: int, steps: int, dtype: mx.Dtype) -> dict[str, Any]:
     """Time decode steps after n tokens: KSA, Qwen3, and Qwen3 cut to the keys that KSA reads."""
     args = ksa.args
     caches = {
@@ -141,19 +152,19 @@ def decode(ksa, full, n: int, steps: int, dtype: mx.Dtype) -> Dict[str, Any]:
         return lambda: mx.eval(model(token, cache=caches[name]))
 
     seconds = in_turns({name: step(name) for name in caches}, steps)
-    return dict(
-        context=n,
-        kv_bytes=held,
-        median_ms={k: float(np.median(s)) * 1e3 for k, s in seconds.items()},
-        mean_ms={k: float(np.mean(s)) * 1e3 for k, s in seconds.items()},
-        speedup=ratio(seconds["qwen3"], seconds["ksa"]),
-        limit=ratio(seconds["qwen3"], seconds["limit"]),
-        of_limit=ratio(seconds["limit"], seconds["ksa"]),
-        of_limit_mean=float(np.mean(seconds["limit"]) / np.mean(seconds["ksa"])),
-    )
+    return {
+        "context": n,
+        "kv_bytes": held,
+        "median_ms": {k: float(np.median(s)) * 1e3 for k, s in seconds.items()},
+        "mean_ms": {k: float(np.mean(s)) * 1e3 for k, s in seconds.items()},
+        "speedup": ratio(seconds["qwen3"], seconds["ksa"]),
+        "limit": ratio(seconds["qwen3"], seconds["limit"]),
+        "of_limit": ratio(seconds["limit"], seconds["ksa"]),
+        "of_limit_mean": float(np.mean(seconds["limit"]) / np.mean(seconds["ksa"])),
+    }
 
 
-def prefill(ksa, full, n: int, turns: int) -> Dict[str, Any]:
+def prefill(ksa, full, n: int, turns: int) -> dict[str, Any]:
     """Time the reading of n random tokens, in steps as mlx-lm takes them, with peak memory."""
     text = mx.random.randint(0, ksa.args.summary_token_begin, (1, n))
     peak = {}
@@ -172,15 +183,15 @@ def prefill(ksa, full, n: int, turns: int) -> Dict[str, Any]:
 
     runs = {"ksa": read("ksa", ksa), "qwen3": read("qwen3", full)}
     seconds = in_turns(runs, turns, warmup=1 if n <= 4096 else 0)
-    return dict(
-        tokens=n,
-        median_s={k: float(np.median(s)) for k, s in seconds.items()},
-        speedup=ratio(seconds["qwen3"], seconds["ksa"]),
-        peak_bytes=peak,
-    )
+    return {
+        "tokens": n,
+        "median_s": {k: float(np.median(s)) for k, s in seconds.items()},
+        "speedup": ratio(seconds["qwen3"], seconds["ksa"]),
+        "peak_bytes": peak,
+    }
 
 
-def held_bytes(shape: str, n: int, dtype: mx.Dtype) -> Dict[str, int]:
+def held_bytes(shape: str, n: int, dtype: mx.Dtype) -> dict[str, int]:
     """KV bytes after n tokens for a shape, by `nbytes` of zero-filled caches, one a layer kind."""
     args, totals = ksa_args(shape), {}
     for name, windows in (("ksa", args.windows), ("qwen3", [None] * len(args.windows))):
@@ -194,14 +205,14 @@ def held_bytes(shape: str, n: int, dtype: mx.Dtype) -> Dict[str, int]:
     return totals
 
 
-def spread(r: Dict[str, float]) -> str:
+def spread(r: dict[str, float]) -> str:
     """A ratio with its quartiles, if there was more than one turn."""
     if r["low"] == r["high"]:
         return f"{r['median']:.2f}"
     return f"{r['median']:.2f} ({r['low']:.2f}-{r['high']:.2f})"
 
 
-def table(head: List[str], rows: List[List[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -211,7 +222,7 @@ def size(n: float) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
-def report(results: Dict[str, Any]) -> str:
+def report(results: dict[str, Any]) -> str:
     """The results as Markdown tables."""
     out = ["{machine}, {device}, {dtype}, {shape} model\n".format(**results)]
     if results["decode"]:
@@ -261,7 +272,7 @@ def report(results: Dict[str, Any]) -> str:
     return "\n".join(out)
 
 
-def plot(results: Dict[str, Any], path: str):
+def plot(results: dict[str, Any], path: str):
     """Decode time and KV bytes against context, as a PNG. Needs matplotlib (extra `plot`)."""
     import matplotlib
 
@@ -289,7 +300,7 @@ def plot(results: Dict[str, Any], path: str):
     figure.savefig(path, dpi=120)
 
 
-def write(results: Dict[str, Any], path: Optional[str]):
+def write(results: dict[str, Any], path: str | None):
     if path:
         with open(path, "w") as f:
             json.dump(results, f, indent=1)
@@ -349,15 +360,15 @@ def main(argv=None):
         if getattr(options, name) < 1:
             raise SystemExit(f"--{name}: found {getattr(options, name)}, expected at least 1")
     check_outputs(options)
-    results = dict(
-        machine=f"{platform.system()} {platform.machine()}",
-        device=str(mx.default_device()),
-        mlx=mx.__version__,
-        dtype=options.dtype,
-        shape=options.shape + (" pure" if options.pure else ""),
-    )
+    results = {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "device": str(mx.default_device()),
+        "mlx": mx.__version__,
+        "dtype": options.dtype,
+        "shape": options.shape + (" pure" if options.pure else ""),
+    }
     if options.kernels:
-        from .benchmark_kernels import run
+        from .kernels import run
 
         text, results["kernels"] = run(args, options.contexts, dtype, options.steps, options.turns)
         print("{machine}, {device}, {dtype}, {shape} shape\n".format(**results) + text)
@@ -365,14 +376,13 @@ def main(argv=None):
     results["held_4b"] = {n: held_bytes("4b", n, mx.bfloat16) for n in (1024, 16384, 65536, 131072)}
     ksa, full = build(args, dtype)
     if options.kv_bits:
-        from . import benchmark_kv
+        from ..benchmark import kv
 
         results["kv_bits"] = [
-            benchmark_kv.run(ksa, n, options.steps, dtype, options.kv_bits)
-            for n in options.contexts
+            kv.run(ksa, n, options.steps, dtype, options.kv_bits) for n in options.contexts
         ]
         print("{machine}, {device}, {dtype}, {shape} model\n".format(**results))
-        print(benchmark_kv.report(results["kv_bits"]))
+        print(kv.report(results["kv_bits"]))
         return write(results, options.json)
     results["decode"] = [decode(ksa, full, n, options.steps, dtype) for n in options.contexts]
     results["prefill"] = [

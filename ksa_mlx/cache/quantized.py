@@ -8,7 +8,7 @@ than 4 bits for both at 128K, for a tenth of the error.
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from .cache import STEP, RollingSummaryCache, put, rows_of, tokens_of
+from .rolling import STEP, RollingSummaryCache, put, rows_of, tokens_of
 
 
 class QuantizedRollingSummaryCache(RollingSummaryCache):

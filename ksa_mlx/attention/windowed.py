@@ -5,17 +5,16 @@
 """
 
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Tuple
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models.base import scaled_dot_product_attention
 
-from . import kernels
-from .cache import join
-from .naive import summary_positions
-from .quantized import MixedRollingSummaryCache, mixed_attention
+from ..attention import kernels
+from ..cache.quantized import MixedRollingSummaryCache, mixed_attention
+from ..cache.rolling import join
+from ..naive import summary_positions
 
 # Query rows a block in prefill: bounds the workspace at block x keys.
 BLOCK = 256
@@ -38,8 +37,8 @@ class Step:
     length: int
     first: int = 0
     last: int = 0
-    summary_positions: Optional[mx.array] = None
-    masks: Dict[int, list] = field(default_factory=dict)
+    summary_positions: mx.array | None = None
+    masks: dict[int, list] = field(default_factory=dict)
     training: bool = False
 
     @classmethod
@@ -68,7 +67,7 @@ class Step:
     # What a batch of several lengths does its own way (`batch.BatchStep`)
 
     @property
-    def steps(self) -> List["Step"]:
+    def steps(self) -> list["Step"]:
         return [self]
 
     def flat(self, h: mx.array) -> mx.array:
@@ -83,7 +82,7 @@ class Step:
         """`text_attention` with this step."""
         return text_attention(queries, keys, values, summaries, cache, self, window)
 
-    def full_text(self, keys, values, cache) -> List[mx.array]:
+    def full_text(self, keys, values, cache) -> list[mx.array]:
         """The text of this step's chunks in a full layer, (B, KV heads, chunks * k, head_dim), from
         keys and values as mlx-lm's cache hands them out, quantised or not."""
         part = slice(self.first * self.chunk, self.last * self.chunk)
@@ -119,7 +118,7 @@ class Step:
         k = self.chunk
         return self.length <= 2 * k or self.offset + self.length <= (window + 1) * k
 
-    def pieces(self, window: int) -> List[Tuple[int, int]]:
+    def pieces(self, window: int) -> list[tuple[int, int]]:
         """Row ranges whose queries see the same chunks; one range while the window is not full."""
         k = self.chunk
         stop = self.offset + self.length
@@ -129,7 +128,7 @@ class Step:
         edges = [self.offset, *edges, stop]
         return [(a - self.offset, b - self.offset) for a, b in zip(edges, edges[1:])]
 
-    def blocks(self, window: int) -> List[Tuple[int, int, int, int, object]]:
+    def blocks(self, window: int) -> list[tuple[int, int, int, int, object]]:
         """Blocks of query positions a .. b - 1: (a, b, first text key, summaries, mask)."""
         k, s = self.args.summary_chunk_size, self.args.summary_token_num
         a, stop, blocks = self.offset, self.offset + self.length, []
@@ -157,11 +156,11 @@ def text_attention(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
-    summaries: Optional[Tuple[mx.array, mx.array]],
+    summaries: tuple[mx.array, mx.array] | None,
     cache,
     step: Step,
     window: int,
-) -> Tuple[mx.array, Optional[Tuple[mx.array, mx.array]]]:
+) -> tuple[mx.array, tuple[mx.array, mx.array] | None]:
     """Attention of new text tokens in a windowed layer, and the update of its cache.
 
     Args:
@@ -255,7 +254,7 @@ def _blocks(queries, keys, values, start, summaries, step, window):
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
-def _attend(queries, keys, values, mask, after: List[mx.array]) -> mx.array:
+def _attend(queries, keys, values, mask, after: list[mx.array]) -> mx.array:
     """MLX's attention, after the block before: else MLX holds the scores of several at once.
 
     On the CPU, where it is not fused, many causal queries go block by block.

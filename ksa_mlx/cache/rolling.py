@@ -1,7 +1,5 @@
 """The rolling summary cache: what one windowed layer keeps of the text it has read."""
 
-from typing import List, Optional, Tuple
-
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
@@ -40,17 +38,17 @@ class RollingSummaryCache(_BaseCache):
     """
 
     # What text is quantised to, if not to the bits that mlx-lm asks for.
-    text_bits: Optional[int] = None
+    text_bits: int | None = None
 
     def __init__(self, chunk: int, summary_tokens: int, window: int, rollback: int = 0):
         self.chunk = chunk
         self.summary_tokens = summary_tokens
         self.window = window
         self.rollback = rollback
-        self.keys: Optional[mx.array] = None
-        self.values: Optional[mx.array] = None
-        self.undo_keys: Optional[mx.array] = None
-        self.undo_values: Optional[mx.array] = None
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.undo_keys: mx.array | None = None
+        self.undo_values: mx.array | None = None
         self.offset = 0  # text tokens read
         self.summarised = 0  # chunks whose summaries are stored
         self._left = 0  # slots left of the text, for summaries
@@ -122,7 +120,7 @@ class RollingSummaryCache(_BaseCache):
             put((self.undo_keys, self.undo_values), slot, rows_of((keys, values), part))
 
     @property
-    def visible(self) -> Tuple[int, int]:
+    def visible(self) -> tuple[int, int]:
         """The slots start .. stop - 1 that the last token sees; the last tokens come last."""
         start = self._left - self.summary_tokens * max(0, self._open - self.window)
         stop = self._left + self._slot(self._open) + self.offset - self._open * self.chunk
@@ -183,7 +181,7 @@ class RollingSummaryCache(_BaseCache):
 
     def append(
         self, keys: mx.array, values: mx.array
-    ) -> Tuple[mx.array, mx.array, Tuple[int, int]]:
+    ) -> tuple[mx.array, mx.array, tuple[int, int]]:
         """Append tokens of one chunk (of several while the window is not full).
 
         Args: keys, values (B, KV heads, L, head_dim). Returns the whole buffers, and which of
@@ -229,15 +227,15 @@ class RollingSummaryCache(_BaseCache):
         self._ahead = None
         self._oldest = max(self._oldest, chunk - self.window - self._undo)
 
-    def text(self, first: int, last: int) -> Tuple[mx.array, mx.array]:
+    def text(self, first: int, last: int) -> tuple[mx.array, mx.array]:
         """The text of chunks first .. last - 1 as far as it is read, in order."""
         if self._ahead and self._ahead[1] and first == last - 1 == self._open - self.window:
             return self._decode(self._ahead[1])
         return self._decode(self._read(first * self.chunk, min(last * self.chunk, self.offset)))
 
     def extend(
-        self, keys: mx.array, values: mx.array, first: Optional[int] = None
-    ) -> Tuple[mx.array, mx.array, int]:
+        self, keys: mx.array, values: mx.array, first: int | None = None
+    ) -> tuple[mx.array, mx.array, int]:
         """Append any number of tokens that overflow the window.
 
         Args: keys, values (B, KV heads, L, head_dim). Returns keys and values of the text, in
@@ -275,7 +273,7 @@ class RollingSummaryCache(_BaseCache):
                 "before the text goes on; a KSA model stores them"
             )
 
-    def summaries(self, chunks: int) -> Tuple[mx.array, mx.array]:
+    def summaries(self, chunks: int) -> tuple[mx.array, mx.array]:
         """Keys and values of the summaries of the first `chunks` chunks, newest first."""
         part = slice(self._left - chunks * self.summary_tokens, self._left)
         return self._decode(rows_of((self.keys, self.values), part))
@@ -347,7 +345,7 @@ class RollingSummaryCache(_BaseCache):
         self._ahead = None
 
     @classmethod
-    def merge(cls, caches: List["RollingSummaryCache"]):
+    def merge(cls, caches: list["RollingSummaryCache"]):
         """A batch of single sequences' caches (`batch.BatchRollingSummaryCache`)."""
         from .batch import BatchRollingSummaryCache
 
@@ -365,7 +363,7 @@ class RollingSummaryCache(_BaseCache):
         held = [getattr(self, name) for name in self._held] + [self._ahead]
         return sum(x.nbytes for _, x in tree_flatten(held) if x is not None)
 
-    def to_quantized(self, group_size: int = 64, bits: int = 4, text_bits: Optional[int] = None):
+    def to_quantized(self, group_size: int = 64, bits: int = 4, text_bits: int | None = None):
         """The same cache with its keys and values quantised (mlx's affine format).
 
         `text_bits` for the text of the window, where they differ from those of the summaries.
@@ -384,7 +382,7 @@ class RollingSummaryCache(_BaseCache):
         """What is held, as arrays."""
         return x
 
-    def as_held(self, keys: mx.array, values: mx.array) -> Tuple[mx.array, mx.array]:
+    def as_held(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Keys and values as they will be once they have been in the cache."""
         return self._decode(self._encode((keys, values)))
 
@@ -416,8 +414,8 @@ def join(*pairs):
 
 
 def make_cache(
-    model, rollback: Optional[int] = None, text_bits: Optional[int] = None
-) -> List[_BaseCache]:
+    model, rollback: int | None = None, text_bits: int | None = None
+) -> list[_BaseCache]:
     """One cache a layer: rolling summaries for windowed layers, mlx-lm's KVCache for the others.
 
     `rollback` is how many tokens before the furthest one read can always be taken back (default:

@@ -9,14 +9,15 @@ import functools
 import os
 import platform
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Optional, Sequence, Tuple, Union
+from typing import Union
 
 import mlx.core as mx
 import numpy as np
 
-from .naive import visibility
+from ..naive import visibility
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -33,13 +34,13 @@ MAX_SPLITS = 64
 FORMATS = [(bits, group) for bits in (4, 8) for group in (32, 64)]
 
 # Keys or values: plain, or quantised as (packed, scales, biases).
-Cache = Union[mx.array, Tuple[mx.array, mx.array, mx.array]]
-Ranges = Sequence[Sequence[Tuple[int, int]]]
+Cache = Union[mx.array, tuple[mx.array, mx.array, mx.array]]
+Ranges = Sequence[Sequence[tuple[int, int]]]
 
 
 def source(name: str) -> str:
     """A file of `metal/`, which is in the installed package, or beside it in the repository."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     for folder in (here / "metal", here.parent / "metal"):
         if (folder / name).is_file():
             return (folder / name).read_text(encoding="utf-8")
@@ -61,7 +62,7 @@ def _kernel(name: str, inputs: str, outputs: str = "out"):
 
 # Choosing
 
-_override: Optional[str] = None
+_override: str | None = None
 _warned = False
 
 
@@ -114,7 +115,7 @@ def use(kernel: str, queries: mx.array, *caches: Cache) -> bool:
 
 @functools.lru_cache(None)
 def _agrees(
-    kernel: str, dtype: mx.Dtype, dim: int, group: int, rows: int, formats: Tuple[tuple, ...]
+    kernel: str, dtype: mx.Dtype, dim: int, group: int, rows: int, formats: tuple[tuple, ...]
 ) -> bool:
     """Whether a kernel, once compiled, computes what MLX's operations do; warns if not."""
     try:
@@ -217,9 +218,9 @@ def decode(
     values: Cache,
     bounds: mx.array,
     visited: int,
-    summary_keys: Optional[Cache] = None,
-    summary_values: Optional[Cache] = None,
-    summary_bounds: Optional[mx.array] = None,
+    summary_keys: Cache | None = None,
+    summary_values: Cache | None = None,
+    summary_bounds: mx.array | None = None,
 ) -> mx.array:
     """Attention of few query rows over ranges of slots of a cache, which are read once.
 
@@ -273,7 +274,7 @@ def decode(
     )
     partial = splits > 1
     out_dtype = mx.float32 if partial else queries.dtype
-    template = dict(T=queries.dtype, O=out_dtype, D=dim)
+    template = {"T": queries.dtype, "O": out_dtype, "D": dim}
     template.update(C=rows, N=simdgroups, TILE=tile, PARTIAL=partial)
     if plain:
         kernel, inputs = (
@@ -301,14 +302,14 @@ def decode(
     return _combine(out, queries) if partial else out
 
 
-def _format(keys: Cache, dim: int) -> Tuple[int, int]:
+def _format(keys: Cache, dim: int) -> tuple[int, int]:
     """Bits (0: plain) and group size of keys."""
     if isinstance(keys, mx.array):
         return 0, 32
     return keys[0].shape[-1] * 32 // dim, dim // keys[1].shape[-1]
 
 
-def _quantized(keys: Cache, values: Cache, queries: mx.array) -> Tuple[list, int, int]:
+def _quantized(keys: Cache, values: Cache, queries: mx.array) -> tuple[list, int, int]:
     """The arrays of a cache for decode_quantized.metal, its bits (0: plain) and group size."""
     dim = queries.shape[-1]
     bits, group = _format(keys, dim)
@@ -351,8 +352,8 @@ def decode_last(
     values: Cache,
     start: int,
     stop: int,
-    summary_keys: Optional[Cache] = None,
-    summary_values: Optional[Cache] = None,
+    summary_keys: Cache | None = None,
+    summary_values: Cache | None = None,
     summaries: int = 0,
 ) -> mx.array:
     """`decode` of the slots start .. stop - 1, the last L of which are the queries' own, and of the

@@ -10,12 +10,13 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
-from .weights import CheckpointError, Shape, some
+from ..errors import CheckpointError, one_line
+from ..weights import Shape, some
 
 # safetensors' and PyTorch's names of the dtypes that weights may have, and their size in bytes.
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -46,7 +47,7 @@ class Checkpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        self.tensors: Dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
 
     def add(self, name: str, tensor: Tensor):
         if name in self.tensors:
@@ -54,7 +55,7 @@ class Checkpoint:
             raise CheckpointError(f"{tensor.file}: {name} is in {first.name} too")
         self.tensors[name] = tensor
 
-    def shapes(self) -> Dict[str, Shape]:
+    def shapes(self) -> dict[str, Shape]:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def check_dtypes(self, names):
@@ -72,7 +73,7 @@ class Checkpoint:
 
 
 class SafetensorsFiles(Checkpoint):
-    def __init__(self, path: Path, files: List[Path]):
+    def __init__(self, path: Path, files: list[Path]):
         super().__init__(path)
         self._open, self._arrays = None, {}
         for file in files:
@@ -82,7 +83,9 @@ class SafetensorsFiles(Checkpoint):
                         part = f.get_slice(name)
                         self.add(name, Tensor(tuple(part.get_shape()), part.get_dtype(), file))
             except (SafetensorError, OSError) as e:
-                raise CheckpointError(f"{file}: not a whole safetensors file ({line(e)})") from None
+                raise CheckpointError(
+                    f"{file}: not a whole safetensors file ({one_line(e)})"
+                ) from None
 
     def read(self, name: str) -> mx.array:
         file = self.tensors[name].file
@@ -95,7 +98,7 @@ class SafetensorsFiles(Checkpoint):
 class PickleFiles(Checkpoint):
     """`torch.save` files, read as weights only: a pickle that asks for more is refused."""
 
-    def __init__(self, path: Path, files: List[Path]):
+    def __init__(self, path: Path, files: list[Path]):
         super().__init__(path)
         self._open, self._arrays = None, {}
         for file in files:
@@ -104,7 +107,7 @@ class PickleFiles(Checkpoint):
                 self.add(name, Tensor(tuple(tensor.shape), dtype, file))
 
     @staticmethod
-    def _load(file: Path, device: str) -> Dict[str, Any]:
+    def _load(file: Path, device: str) -> dict[str, Any]:
         torch = import_torch(file)
         try:
             try:
@@ -161,7 +164,9 @@ class DCPFolder(Checkpoint):
                 if Path(info.relative_path).name != info.relative_path:
                     raise ValueError(f"found {info.relative_path!r}, expected a plain file name")
         except Exception as e:  # whatever a broken or hostile file makes of the reader
-            raise CheckpointError(f"{file}: not the metadata of a checkpoint ({line(e)})") from None
+            raise CheckpointError(
+                f"{file}: not the metadata of a checkpoint ({one_line(e)})"
+            ) from None
         if not tensors:
             raise CheckpointError(f"{file}: found no tensor named {self.PREFIX}*")
         for name, (shape, dtype) in tensors.items():
@@ -190,7 +195,7 @@ class DCPFolder(Checkpoint):
             why = e
             for failure in getattr(e, "failures", {}).values():
                 why = failure[0] if isinstance(failure, tuple) else failure
-            raise CheckpointError(f"{self.path}: {name}: not readable ({line(why)})") from None
+            raise CheckpointError(f"{self.path}: {name}: not readable ({one_line(why)})") from None
         return from_torch(target)
 
 
@@ -224,7 +229,7 @@ class _Metadata(pickle.Unpickler):
 def _why_refused(error: Exception) -> str:
     if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"this pickle asks for {asked[1]}; only plain weights are read from a pickle"
-    return f"not a whole PyTorch file of plain weights ({line(error)})"
+    return f"not a whole PyTorch file of plain weights ({one_line(error)})"
 
 
 def import_torch(file: Path):
@@ -251,17 +256,11 @@ def from_torch(tensor) -> mx.array:
     return mx.array(tensor.numpy())
 
 
-def line(error: BaseException) -> str:
-    """An error's message in one line, or its name."""
-    text = " ".join(str(error).split())
-    return text[:200] if text else type(error).__name__
-
-
-def read_json(file: Path) -> Dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{file}: not readable as JSON ({line(e)})") from None
+        raise CheckpointError(f"{file}: not readable as JSON ({one_line(e)})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: found a {type(value).__name__}, expected a JSON object")
     return value
@@ -300,7 +299,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def shards(folder: Path, pattern: str) -> List[Path]:
+def shards(folder: Path, pattern: str) -> list[Path]:
     """The files of a checkpoint of one or many files, all of them there."""
     indices = sorted(folder.glob(pattern + ".index.json"))
     if indices:

@@ -1,0 +1,32 @@
+"""Every error that this package raises for what a user hands in, and how one is printed."""
+
+from typing import Any
+
+
+class KSAError(ValueError):
+    """What a user asked for cannot be done; the message is one line that says what and where."""
+
+
+class ConfigError(KSAError):
+    """A field of the configuration that is missing or makes no sense."""
+
+    def __init__(self, field: str, found: Any, expected: str, layer: int | None = None):
+        where = field if layer is None else f"{field}, layer {layer}"
+        found = repr(found)
+        if len(found) > 80:
+            found = found[:77] + "..."
+        super().__init__(f"{where}: found {found}, expected {expected}")
+
+
+class CheckpointError(KSAError):
+    """A checkpoint that cannot be used."""
+
+
+class SessionError(KSAError):
+    """A conversation, or a file of one, that cannot go on as asked."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message in one line of at most 200 characters, or its name."""
+    text = " ".join(str(error).split())
+    return text[:200] if text else type(error).__name__
