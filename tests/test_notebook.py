@@ -1,6 +1,6 @@
 """The notebook assistant: its data, its PyTorch reference, its weights.
 
-`tools/evaluate_notebook.py` prints the full figures; here they are checked at a small size.
+`python -m training.measure_recall` prints the full figures; here they are checked at a small size.
 """
 
 import random
@@ -13,14 +13,12 @@ import numpy as np
 import pytest
 
 import ksa_mlx
+from training import data, evaluate
+from training.data import Composer, Style
+from training.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "ksa_mlx" / "notebook"
-sys.path.insert(0, str(ROOT / "tools"))
-
-from notebook import data, evaluate  # noqa: E402
-from notebook.data import Composer, Style  # noqa: E402
-from notebook.tokenizer import load_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +81,7 @@ def test_training_never_shows_what_is_held_out():
 
 
 def tiny(torch, **sizes):
-    from notebook.model import NotebookConfig, NotebookModel
+    from training.model import NotebookConfig, NotebookModel
 
     torch.manual_seed(0)
     sizes = {
@@ -98,7 +96,7 @@ def tiny(torch, **sizes):
 
 def dense(torch, model, ids):
     """The model by its definition: text and summaries in one sequence under one mask."""
-    from notebook.model import rope_table, rotate
+    from training.model import rope_table, rotate
 
     c, length = model.config, ids.shape[1]
     chunks = length // c.chunk
@@ -163,8 +161,8 @@ def test_attention_of_selected_tokens_is_their_share(torch):
 
 
 def test_training_learns_and_resumes(torch, tokenizer, tmp_path):
-    from notebook.model import NotebookConfig
-    from notebook.train import Level, train
+    from training.model import NotebookConfig
+    from training.train import Level, train
 
     said = []
     options = {
@@ -180,7 +178,7 @@ def test_training_learns_and_resumes(torch, tokenizer, tmp_path):
 
 
 def logits_of_both(torch, folder, ids):
-    from notebook.export import read
+    from training.export import read
 
     model = ksa_mlx.load(str(folder))[0]
     model.set_dtype(mx.float32)
@@ -192,7 +190,7 @@ def logits_of_both(torch, folder, ids):
 
 
 def test_export_loads_in_mlx(torch, tokenizer, tmp_path):
-    from notebook.export import export
+    from training.export import export
 
     model = tiny(torch, vocab_size=tokenizer.vocab_size())
     export(model, SHIPPED / "tokenizer.model", tmp_path)
@@ -252,15 +250,14 @@ def test_shipped_folder_is_a_pytorch_checkpoint_of_bounded_size():
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["evaluate_notebook.py", "{}"], "tokenizer.model: no such file"),
-        (["train_notebook.py", "--out", "{}", "--resume"], "nothing to resume"),
+        (["training.measure_recall", "{}"], "tokenizer.model: no such file"),
+        (["training", "--out", "{}", "--resume"], "nothing to resume"),
     ],
 )
 def test_faults_are_one_line(tmp_path, arguments, expected):
-    if arguments[0].startswith("train"):
+    if arguments[0] == "training":
         pytest.importorskip("torch")
-    script, *rest = arguments
-    command = [sys.executable, str(ROOT / "tools" / script), *(a.format(tmp_path) for a in rest)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", *(a.format(tmp_path) for a in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert expected in done.stderr and len(done.stderr.splitlines()) == 1

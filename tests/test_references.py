@@ -20,13 +20,12 @@ from ksa_mlx.errors import SessionError
 from ksa_mlx.references import trace as tracing
 from ksa_mlx.references.page import page, print_references
 from ksa_mlx.references.trace import passages, pieces, question_start, trace_answer
+from training.measure_references import Figures, measure
+from training.tokenizer import load_tokenizer
 
 from ._models import VARIANTS, build, tokens, worst
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-
-from measure_references import Figures, measure  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -250,9 +249,7 @@ def test_pieces_join_to_the_text(embedded):
 
 
 def test_top_references_hold_the_answers_and_matter(embedded):
-    """A small `tools/measure_references.py`: containment, and the deletion test."""
-    from notebook.tokenizer import load_tokenizer
-
+    """A small `python -m training.measure_references`: containment, and the deletion test."""
     tokenizer, total = load_tokenizer(ROOT / "ksa_mlx/notebook/tokenizer.model"), Figures()
     for _, figures in measure(embedded[0], tokenizer, (160, 320), notebooks=3, asked=4, seed=3):
         total.add(figures)

@@ -3,9 +3,7 @@
 import argparse
 import copy
 import gc
-import sys
 import threading
-from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm.server
@@ -20,9 +18,7 @@ from ksa_mlx.stock.server import PromptCache, ResponseGenerator
 
 from ._models import VARIANTS, build, tokens
 from ._server import OURS, STOCK, serving
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-from soak_server import soak  # noqa: E402
+from .soak import soak
 
 NOTES = notebook.notes().splitlines()
 SYSTEM = {"role": "system", "content": "\n".join(NOTES[:30])}
@@ -278,10 +274,10 @@ def test_memory_returns(folders):
 
 
 @pytest.mark.feature(
-    "Server, minutes of mixed load", "`mlx_lm.server`", "works (tools/soak_server.py)"
+    "Server, minutes of mixed load", "`mlx_lm.server`", "works (`python -m tests.soak`)"
 )
 def test_soak():
-    """Ten seconds of tools/soak_server.py."""
+    """Ten seconds of `python -m tests.soak`."""
     figures = soak(10, clients=6, requests=10, seed=3)
     assert figures["faults"] == []
     assert figures["finished"] >= 6

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Recall of the notebook assistant on names and values that its training never showed.
 
-    python tools/evaluate_notebook.py                         # the weights of ksa_mlx/notebook
-    python tools/evaluate_notebook.py FOLDER --plot FILE.png  # another checkpoint, and the curve
+    python -m training.measure_recall                         # the weights of ksa_mlx/notebook
+    python -m training.measure_recall FOLDER --plot FILE.png  # another checkpoint, and the curve
 
 Runs the MLX model, greedy, exact match. Figures: recall by distance, with and without summaries;
 several facts about one name; words instead of numbers. ``--quick`` asks a quarter of the
@@ -18,9 +17,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import ksa_mlx
 
+from .data import Style
+from .evaluate import recall
+from .tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
 DISTANCES = (8, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -55,7 +58,9 @@ def plot(rows: list[dict], window: int, longest: int, path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="training.measure_recall", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "ksa_mlx" / "notebook")
     parser.add_argument("--quick", action="store_true", help="a quarter of the questions")
     parser.add_argument(
@@ -65,20 +70,10 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="write the curve to this file (needs matplotlib)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    try:
-        from notebook.data import Style
-        from notebook.evaluate import recall
-        from notebook.tokenizer import load_tokenizer
-
-        import ksa_mlx
-    except ImportError as e:
-        print(f"evaluate_notebook.py: {e}; install the project: pip install -e .", file=sys.stderr)
-        return 1
     file = args.folder / "tokenizer.model"
     if not file.is_file():
         print(
-            f"evaluate_notebook.py: {file}: no such file; "
-            "expected a checkpoint of train_notebook.py",
+            f"measure_recall: {file}: no such file; expected a checkpoint of python -m training",
             file=sys.stderr,
         )
         return 1

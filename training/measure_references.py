@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Do the references of an answer point at what it was drawn from?
 
-    python tools/measure_references.py                 # the weights that ship with the project
-    python tools/measure_references.py FOLDER --quick  # another checkpoint, fewer notebooks
+    python -m training.measure_references                 # the weights that ship with the project
+    python -m training.measure_references FOLDER --quick  # another checkpoint, fewer notebooks
 
 Held-out notes, two to forty windows of them, and questions about them, greedy. Two figures:
 - containment: of the right answers, how many have the answer in their top reference;
@@ -18,17 +17,16 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import mlx.core as mx
+
+import ksa_mlx
+from ksa_mlx.references.trace import trace_answer
+
+from .data import END, Style, Writer
+from .evaluate import answer, notebook
+from .tokenizer import load_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-import mlx.core as mx  # noqa: E402
-from notebook.data import END, Style, Writer  # noqa: E402
-from notebook.evaluate import answer, notebook  # noqa: E402
-from notebook.tokenizer import load_tokenizer  # noqa: E402
-
-import ksa_mlx  # noqa: E402
-from ksa_mlx.references.trace import trace_answer  # noqa: E402
-
 LENGTHS = (64, 160, 320, 640, 1280)  # tokens of notes
 
 
@@ -148,7 +146,9 @@ def prose(tokenizer, writer, size):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="training.measure_references", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "ksa_mlx" / "notebook")
     parser.add_argument("--quick", action="store_true", help="a fifth of the notebooks")
     parser.add_argument("--seed", type=int, default=1)

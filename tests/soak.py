@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """Soak the real server: clients with mixed lengths, some of which hang up, against solo answers.
 
-    python tools/soak_server.py --minutes 5                 # stock mlx_lm.server
-    python tools/soak_server.py --minutes 5 --ours          # python -m ksa_mlx server
-    python tools/soak_server.py --minutes 5 --ours --draft  # with a draft model
+    python -m tests.soak --minutes 5                 # stock mlx_lm.server
+    python -m tests.soak --minutes 5 --ours          # python -m ksa_mlx server
+    python -m tests.soak --minutes 5 --ours --draft  # with a draft model
 
 Uses the embedded notebook model in float32, on loopback only. Every finished answer must be the
 greedy answer of mlx_lm.stream_generate, running alone. Prints one line of figures; exits with 1 if
@@ -20,15 +19,14 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import mlx.core as mx
+from mlx_lm import stream_generate
 
-import mlx.core as mx  # noqa: E402
-from mlx_lm import stream_generate  # noqa: E402
+import ksa_mlx
+from ksa_mlx.chat import notebook
+from ksa_mlx.convert import convert
 
-import ksa_mlx  # noqa: E402
-from ksa_mlx.chat import notebook  # noqa: E402
-from ksa_mlx.convert import convert  # noqa: E402
-from tests._server import OURS, STOCK, serving  # noqa: E402
+from ._server import OURS, STOCK, serving
 
 
 def quiet_convert(*args, **kwargs):
@@ -171,7 +169,7 @@ def soak(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="tests.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, default=60, help="different requests")

@@ -1,9 +1,7 @@
-#!/usr/bin/env python3
 """Train the notebook assistant, the small KSA model that ships with the project.
 
-    python tools/train_notebook.py --out run            # tokenizer, weights and checkpoint, from
-    nothing
-    python tools/train_notebook.py --out run --resume   # go on where it stopped
+    python -m training --out run            # tokenizer, weights and checkpoint, from nothing
+    python -m training --out run --resume   # go on where it stopped
 
 Needs the extra ``torch``.
 """
@@ -15,9 +13,11 @@ import os
 import sys
 from pathlib import Path
 
+from .tokenizer import load_tokenizer, train_tokenizer
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="training", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--out",
         type=Path,
@@ -34,13 +34,13 @@ def main() -> int:
     args = parser.parse_args()
     try:
         import torch
-        from notebook.export import export
-        from notebook.model import NotebookConfig
-        from notebook.tokenizer import load_tokenizer, train_tokenizer
-        from notebook.train import train
+
+        from .export import export
+        from .model import NotebookConfig
+        from .train import train
     except ImportError as e:
         print(
-            f"train_notebook.py: {e}; install the extra: pip install 'ksa-mlx[torch]'",
+            f"training: {e}; install the extra: pip install -e '.[torch]'",
             file=sys.stderr,
         )
         return 1
@@ -52,7 +52,7 @@ def main() -> int:
             if args.resume
             else "exists, add --resume or choose another folder"
         )
-        print(f"train_notebook.py: {state} {problem}", file=sys.stderr)
+        print(f"training: {state} {problem}", file=sys.stderr)
         return 1
     torch.set_num_threads(args.threads)
     model_file = args.out / "tokenizer.model"

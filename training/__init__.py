@@ -1,0 +1,1 @@
+"""How the embedded notebook model was made: its data, PyTorch reference, training and figures."""
