@@ -18,7 +18,6 @@ from .cache.rollback import wanted_rollback
 from .cache.rolling import RollingSummaryCache, make_cache
 from .config import ModelArgs
 from .distributed import Pipeline, shard
-from .stock.register import warn_of_max_kv_size
 from .weights import sanitize
 
 
@@ -263,7 +262,6 @@ class Model(nn.Module):
         return logits[..., : self.args.num_predicted]
 
     def make_cache(self) -> list[Any]:
-        warn_of_max_kv_size()
         return make_cache(self)
 
     def sanitize(self, weights):

@@ -1,16 +1,10 @@
 """Small random KSA models for the tests."""
 
-import inspect
-
 import mlx.core as mx
-import mlx_lm
 from mlx.utils import tree_flatten
 
 from ksa_mlx.config import ModelArgs
 from ksa_mlx.model import Model
-
-# mlx-lm 0.31, the last for Python 3.10: a folder's model_file is always run.
-OLD_MLX_LM = "trust_remote_code" not in inspect.signature(mlx_lm.load).parameters
 
 BASE = {
     "model_type": "qwen3_ksa",

@@ -26,6 +26,7 @@ ORDER = (
     "test_finetune.py",
     "test_distributed.py",
     "test_mlx_lm.py",
+    "test_stock.py",
 )
 
 Row = tuple[str, str, str]

@@ -18,7 +18,7 @@ from ksa_mlx import naive
 from ksa_mlx.model import DecoderLayer
 
 from ._convert_helpers import add_tokenizer, convert, hub_folder
-from ._models import OLD_MLX_LM, VARIANTS, build, tokens, worst
+from ._models import VARIANTS, build, tokens, worst
 
 
 def loss(model, text, forward=None):
@@ -144,8 +144,7 @@ def folder(tmp_path_factory):
 
 
 def run(monkeypatch, command, *argv):
-    trust = [] if OLD_MLX_LM else ["--trust-remote-code"]
-    monkeypatch.setattr(sys, "argv", ["mlx_lm", *map(str, argv), *trust])
+    monkeypatch.setattr(sys, "argv", ["mlx_lm", *map(str, argv), "--trust-remote-code"])
     command.main()
 
 

@@ -26,7 +26,6 @@ from ._convert_helpers import (
     read_config,
     sharded,
 )
-from ._models import OLD_MLX_LM
 
 HYBRID = GOLDENS / "hybrid_mix1"
 
@@ -95,7 +94,6 @@ def test_our_loader_runs_no_code_of_a_folder(copy):
     assert isinstance(ksa_mlx.load(copy, trust_remote_code=True)[0], ksa_mlx.Model)
 
 
-@pytest.mark.skipif(OLD_MLX_LM, reason="mlx-lm 0.31 runs every model_file, with or without us")
 def test_foreign_code_is_still_refused(copy):
     """Only our model type with our file name does without mlx-lm's flag."""
     (copy / "evil.py").write_text("raise SystemExit('ran')")

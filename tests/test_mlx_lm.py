@@ -1,10 +1,9 @@
-"""The rest of mlx-lm's doors: perplexity, evaluate, convert, manage, embeddings, processors, --max-kv-size."""
+"""The rest of mlx-lm's doors: perplexity, evaluate, convert, manage, embeddings, processors."""
 
 import importlib
 import json
 import sys
 import types
-import warnings
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,14 +11,13 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import manage, perplexity
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.utils import load
 
 from ksa_mlx import naive
 
 from ._convert_helpers import add_tokenizer, convert, hub_folder
-from ._models import OLD_MLX_LM, VARIANTS, build, tokens, worst
+from ._models import VARIANTS, build, tokens, worst
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +107,6 @@ def test_evaluate_loglikelihoods(scorer):
         ids = encode(context + rest, True)
         expected = log_probs(model, ids)[len(encode(context, True)) - 1 :].sum().item()
         assert score == pytest.approx(expected, abs=2e-3)
-    if OLD_MLX_LM:
-        pytest.skip("mlx-lm 0.31 counts one token too many in loglikelihood_rolling")
     rolling = lm.loglikelihood_rolling([types.SimpleNamespace(args=(c + r,)) for c, r in pairs])
     for (context, rest), score in zip(pairs, rolling):
         expected = log_probs(model, encode(context + rest, True)).sum().item()
@@ -204,22 +200,4 @@ def test_logits_processors_see_the_text():
     processors = [forbid_even, *make_logits_processors(repetition_penalty=1.5)]
     found = [t for t, _ in generate_step(text, model, max_tokens=12, logits_processors=processors)]
     assert all(t % 2 for t in found) and any(t % 2 == 0 for t in plain)
-    # mlx-lm 0.31 shows a processor the prompt's last token only.
-    first = 1 if OLD_MLX_LM else 40
-    assert seen[:12] == list(range(first, first + 12))
-
-
-@pytest.mark.feature(
-    "A bounded cache",
-    "`--max-kv-size`",
-    "ignored with a warning: nothing of the past is dropped",
-)
-def test_max_kv_size_is_answered():
-    """mlx-lm passes it only to models without a cache of their own, and says nothing."""
-    model = build()
-    with pytest.warns(UserWarning, match="max_kv_size = 512 is ignored"):
-        make_prompt_cache(model, max_kv_size=512)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        make_prompt_cache(model)
-        model.make_cache()
+    assert seen[:12] == list(range(40, 52))

@@ -90,13 +90,15 @@ def test_wheel_alone_in_an_empty_environment(tmp_path):
     # No network, no home, nothing of this environment.
     bare = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "KSA_MLX_CACHE")}
     bare |= {"HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    out = run(python, "-m", "ksa_mlx.generate", stdin=subprocess.DEVNULL, env=bare)
+    out = run(python, "-m", "ksa_mlx", "generate", stdin=subprocess.DEVNULL, env=bare)
     assert len(re.findall(r"Answer: +\S", out)) == 3 and "full attention would hold" in out
-    script = str(tmp_path / "env" / "bin" / "ksa_mlx.convert")
+    script = str(tmp_path / "env" / "bin" / "ksa-mlx")
     source = str(ROOT / "ksa_mlx" / "notebook")
-    assert "Wrote" in run(script, "--hf-path", source, "--mlx-path", "converted", "-q", env=bare)
+    assert "Wrote" in run(
+        script, "convert", "--hf-path", source, "--mlx-path", "converted", "-q", env=bare
+    )
     ask = ("--model", "converted", "--prompt", "What is the badge of Olga?", "--max-tokens", "4")
-    assert run(python, "-m", "ksa_mlx.generate", *ask, env=bare).strip()
+    assert run(python, "-m", "ksa_mlx", "generate", *ask, env=bare).strip()
     code = "import ksa_mlx.attention.kernels as k; print(len(k.source('attention.h')), k.__file__)"
     size, where = run(python, "-c", code, env=bare).split()
     assert int(size) > 100 and where.startswith(str(tmp_path))

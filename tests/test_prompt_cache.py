@@ -112,7 +112,8 @@ def test_refusals(file, model, notebook_models, tmp_path, capsys):
     damaged.write_bytes(file.read_bytes()[:-5000])
     refused(run("ksa_mlx", "generate", *ask, damaged), str(damaged), "damaged")
     refused(
-        run("ksa_mlx", "generate", "--model", notebook_models[1], *ask, file), "different model"
+        run("ksa_mlx", "generate", "--model", notebook_models[1], *ask, file),
+        "found a cache of another model",
     )
     refused(run("ksa_mlx", "generate", *ask, tmp_path / "none.safetensors"), "no such file")
 

@@ -14,7 +14,8 @@ from mlx_lm.models.cache import KVCache, LRUPromptCache
 
 import ksa_mlx
 from ksa_mlx.chat import notebook
-from ksa_mlx.stock.server import PromptCache, ResponseGenerator
+from ksa_mlx.stock.prompt_cache import PromptCache
+from ksa_mlx.stock.server import ResponseGenerator
 
 from ._models import VARIANTS, build, tokens
 from ._server import OURS, STOCK, serving

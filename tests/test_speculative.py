@@ -15,6 +15,7 @@ import pytest
 from mlx.utils import tree_map_with_path
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import qwen3
+from mlx_lm.models.cache import KVCache
 
 import ksa_mlx
 from ksa_mlx.cache.rollback import ROLLBACK, settle
@@ -66,7 +67,7 @@ def caches(model, draft, rollback):
 
 
 def qwen3_cache(model):
-    return [ksa_mlx.cache.KVCache() for _ in model.layers]
+    return [KVCache() for _ in model.layers]
 
 
 def plain(model, prompt, n):

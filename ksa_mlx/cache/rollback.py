@@ -33,7 +33,7 @@ def settle(cache: list[Any]) -> int:
     if the last token was the model's own, and with the draft model's cache one more behind if all
     drafts were accepted. Returns 0 where the caches cannot be brought together.
     """
-    offsets = [getattr(c, "offset", None) for c in cache]
+    offsets: list[Any] = [getattr(c, "offset", None) for c in cache]
     if not all(type(offset) is int for offset in offsets):
         return 0
     shortest = min(offsets)

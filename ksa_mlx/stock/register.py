@@ -1,18 +1,28 @@
-"""What `import ksa_mlx` tells mlx-lm, so that its own functions load and save KSA models."""
+"""What `import ksa_mlx` tells mlx-lm, so that its own functions load and save KSA models.
+
+mlx-lm has no registry for models of other packages (mlx-lm#1578). `register` puts ours where it
+looks: one function a patch, each with its reason; tests/test_stock.py fails when one of them is
+no longer needed.
+"""
 
 import functools
 import importlib.util
 import sys
-import warnings
 
 import mlx_lm.models.cache
 import mlx_lm.utils
 from transformers import AutoConfig, Qwen3Config
 
-from ..config import MODEL_TYPE
+from .. import model
+from ..cache.quantized import MixedRollingSummaryCache, QuantizedRollingSummaryCache
+from ..cache.rolling import RollingSummaryCache
+from ..checkpoint import load as checkpoint
+from ..config import MODEL_TYPE, is_ksa
 
 # The name of `model_file.py` in a converted folder.
 MODEL_FILE = "ksa_model.py"
+
+CACHES = (RollingSummaryCache, QuantizedRollingSummaryCache, MixedRollingSummaryCache)
 
 _MODULE = f"mlx_lm.models.{MODEL_TYPE}"
 
@@ -22,63 +32,53 @@ class _Config(Qwen3Config):
 
 
 def register():
-    """Make mlx-lm know the model type and the cache class, unless it brings its own. Idempotent.
+    """Make mlx-lm know the caches and the model, unless it brings its own. Idempotent."""
+    know_caches()
+    if _MODULE not in sys.modules and importlib.util.find_spec(_MODULE) is None:
+        know_model()
+        know_config()
+        load_ours()
 
-    mlx-lm has no registry for models from other packages (mlx-lm#1578): it imports
-    `mlx_lm.models.<model_type>`, and looks cache classes up by name in its cache module.
-    Transformers, which loads the tokenizer, reads the config too and warns of unknown types.
-    """
-    from .. import model
-    from ..cache.quantized import MixedRollingSummaryCache, QuantizedRollingSummaryCache
-    from ..cache.rolling import RollingSummaryCache
 
-    for cache in (RollingSummaryCache, QuantizedRollingSummaryCache, MixedRollingSummaryCache):
+def know_caches():
+    """`load_prompt_cache` looks classes up by name in its own module (mlx-lm#80, #1578)."""
+    for cache in CACHES:
         if not hasattr(mlx_lm.models.cache, cache.__name__):
             setattr(mlx_lm.models.cache, cache.__name__, cache)
-    if _MODULE in sys.modules or importlib.util.find_spec(_MODULE) is not None:
-        return
+
+
+def know_model():
+    """`load_model` imports `mlx_lm.models.<model_type>`: there is no other place (mlx-lm#1578)."""
     sys.modules[_MODULE] = model
+
+
+def know_config():
+    """Transformers reads the config with the tokenizer, and warns of unknown model types."""
     AutoConfig.register(MODEL_TYPE, _Config, exist_ok=True)
-    mlx_lm.utils.load_model = _without_model_file(mlx_lm.utils.load_model)
 
 
-def _without_model_file(load_model):
-    """mlx-lm's `load_model`, which builds our models from the registered classes.
+def load_ours():
+    """Make `load_model` build KSA models from the classes that are here.
 
-    A converted folder names a `model_file` for commands that never import us, and mlx-lm runs
-    such a file only with `trust_remote_code`. Once we are imported there is nothing to run:
-    the classes are here. So for our model type and file name the file is ignored, never run;
-    every other model goes through mlx-lm's own check, untouched.
+    A converted folder names a `model_file` (mlx-lm#830) for commands that never import us, and
+    mlx-lm runs such a file only with `trust_remote_code`. For our model type and file name it is
+    ignored, never run; every other file goes through mlx-lm's own check. An unconverted folder
+    says that it is a Qwen3, of which mlx-lm would build a plain one.
     """
+    load_model = mlx_lm.utils.load_model
 
     @functools.wraps(load_model)
-    def load(model_path, lazy=False, strict=True, model_config=None, **kwargs):
+    def load(model_path, lazy=False, strict=True, model_config=None, *args, **kwargs):
         config = {**mlx_lm.utils.load_config(model_path), **(model_config or {})}
-        model_file = config.get("model_file")
-        if config.get("model_type") != MODEL_TYPE or model_file != MODEL_FILE:
-            return load_model(model_path, lazy, strict, model_config, **kwargs)
+        model_file, converted = config.get("model_file"), config.get("model_type") == MODEL_TYPE
+        if not converted and model_file is None and is_ksa(config):
+            return checkpoint.load_model(model_path, lazy, strict, model_config)
+        if not converted or model_file != MODEL_FILE:
+            return load_model(model_path, lazy, strict, model_config, *args, **kwargs)
         model_config = {**(model_config or {}), "model_file": None}
-        model, config = load_model(model_path, lazy, strict, model_config, **kwargs)
+        loaded, config = load_model(model_path, lazy, strict, model_config, *args, **kwargs)
         # `mlx_lm.utils.save` copies the file and writes this config: they stay together.
         config["model_file"] = model_file
-        return model, config
+        return loaded, config
 
-    return load
-
-
-def warn_of_max_kv_size():
-    """For `Model.make_cache`: warn if mlx-lm's `make_prompt_cache` calls it with a limit.
-
-    mlx-lm's commands take `--max-kv-size` and drop it without a word for models with caches of
-    their own; only the caller's frame still has it.
-    """
-    caller = sys._getframe(2)
-    if caller.f_code is not mlx_lm.models.cache.make_prompt_cache.__code__:
-        return
-    size = caller.f_locals.get("max_kv_size")
-    if size is not None:
-        warnings.warn(
-            f"max_kv_size = {size} is ignored: a KSA model keeps summaries of all old text "
-            "instead of dropping it",
-            stacklevel=4,
-        )
+    mlx_lm.utils.load_model = load
