@@ -15,13 +15,18 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm import generate as mlx_generate
 from mlx_lm import stream_generate
+from mlx_lm.generate import setup_arg_parser
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import ksa_mlx
-from ksa_mlx.chat import notebook
+from ksa_mlx.chat import flags, notebook
+from ksa_mlx.chat.report import cache_bytes, cache_line, full_bytes
 from ksa_mlx.chat.session import Session
+from ksa_mlx.convert import main as convert
 from ksa_mlx.errors import SessionError
 from ksa_mlx.generate import main
 
@@ -30,17 +35,15 @@ SYSTEM = "The locker of Maria is 4821.\nOmar's bike is red.\nThe code of Klara i
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache_place(tmp_path_factory):
-    """A cache folder of the tests' own, and no network."""
+def no_network():
     with pytest.MonkeyPatch.context() as m:
-        m.setenv("KSA_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
         m.setenv("HF_HUB_OFFLINE", "1")
         yield
 
 
 @pytest.fixture(scope="module")
-def folder(cache_place):
-    return notebook.embedded_model()
+def folder():
+    return notebook.CHECKPOINT
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +101,26 @@ def test_answer_is_mlx_lms(capsys, folder, loaded):
         assert name in err
 
 
-def test_unconverted_checkpoint(capsys, folder):
+def test_converted_and_unconverted_checkpoint(capsys, folder, tmp_path):
+    converted = tmp_path / "converted"
+    assert convert(["--hf-path", str(folder), "--mlx-path", str(converted)]) == 0
+    capsys.readouterr()
     ask = ["--system-prompt", SYSTEM, "--prompt", "What is the locker of Maria?"]
     answers = []
-    for model in (notebook.CHECKPOINT, folder):
+    for model in (folder, converted):
         assert main(["--model", str(model), *ask]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
+
+
+def test_the_embedded_checkpoint_is_loaded_as_it_ships(capsys, folder, tmp_path, monkeypatch):
+    """Nothing is written anywhere, and nothing else is read that could be stale or damaged."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
+    assert main(["--demo"]) == 0
+    assert not list(tmp_path.iterdir())
+    assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before
 
 
 def test_prompt_from_a_file_and_from_standard_input(capsys, folder, tmp_path, monkeypatch):
@@ -167,7 +183,7 @@ def test_plain_completion_without_a_template(capsys, folder, tmp_path, monkeypat
 
 
 def test_turns_read_only_what_is_new(session):
-    said = list(session.messages)
+    said = list(session.conversation.messages)
     for question in ("What is the locker of Maria?", "Omar's bike?", "What is Klara's code?"):
         held = session.offset
         answer = say(session, question)
@@ -178,7 +194,7 @@ def test_turns_read_only_what_is_new(session):
         assert session.usage.prompt_tokens == len(full) - held
         assert session.offset == len(session.tokens) == session.cache[0].offset
         said.append({"role": "assistant", "content": answer})
-    assert session.messages == said
+    assert session.conversation.messages == said
 
 
 def test_reading_ahead(session):
@@ -186,7 +202,7 @@ def test_reading_ahead(session):
     assert n == session.offset == session.cache[-1].offset > 20
     answer = say(session, "Omar's bike?")
     assert session.usage.prompt_tokens < n
-    assert answer == fresh(session, session.messages[:-1])
+    assert answer == fresh(session, session.conversation.messages[:-1])
 
 
 def test_a_template_that_rewrites_the_past(session, monkeypatch):
@@ -201,7 +217,7 @@ def test_a_template_that_rewrites_the_past(session, monkeypatch):
     )
     say(session, "What is the locker of Maria?")
     answer = say(session, "Omar's bike?")
-    said = session.messages[:-1]
+    said = session.conversation.messages[:-1]
     assert answer == fresh(session, said)
     full = session.tokenizer.apply_chat_template(said, add_generation_prompt=True)
     assert session.usage.prompt_tokens == len(full)  # read again, from the start
@@ -214,25 +230,27 @@ def test_stop_in_an_answer(session):
         pieces.append(piece)
         session.stop = True
     assert len(pieces) == 1 and session.usage.finish_reason == "stopped"
-    assert session.messages[-1] == {"role": "assistant", "content": pieces[0]}
+    assert session.conversation.messages[-1] == {"role": "assistant", "content": pieces[0]}
     assert {c.offset for c in session.cache} == {len(session.tokens)}
-    assert say(session, "What is Klara's code?") == fresh(session, session.messages[:-1])
+    assert say(session, "What is Klara's code?") == fresh(
+        session, session.conversation.messages[:-1]
+    )
 
 
 @pytest.mark.parametrize("after", [0, 8, 16])
 def test_stop_while_a_prompt_is_read(session, after):
-    session.prefill_step_size = 8
+    session.options["prefill_step_size"] = 8
 
     def progress(done, total):
         session.stop = done >= after
 
     session.progress = progress
-    before = list(session.messages)
+    before = list(session.conversation.messages)
     assert say(session, "Omar's bike?") == "" and session.usage is None
-    assert session.messages == before
+    assert session.conversation.messages == before
     assert {c.offset for c in session.cache} == {len(session.tokens)} == {after}
     session.progress = lambda done, total: None
-    assert say(session, "Klara's code?") == fresh(session, session.messages[:-1])
+    assert say(session, "Klara's code?") == fresh(session, session.conversation.messages[:-1])
 
 
 def test_interrupt_in_the_middle_of_a_step(session, monkeypatch):
@@ -243,8 +261,8 @@ def test_interrupt_in_the_middle_of_a_step(session, monkeypatch):
         m.setattr(type(layer), "__call__", _raise_keyboard_interrupt)
         with pytest.raises(KeyboardInterrupt):
             say(session, "Omar's bike?")
-    assert session.offset == 0 and len(session.messages) == 3
-    assert say(session, "Omar's bike?") == fresh(session, session.messages[:-1])
+    assert session.offset == 0 and len(session.conversation.messages) == 3
+    assert say(session, "Omar's bike?") == fresh(session, session.conversation.messages[:-1])
 
 
 def _raise_keyboard_interrupt(*args, **kwargs):
@@ -253,10 +271,10 @@ def _raise_keyboard_interrupt(*args, **kwargs):
 
 def test_context(session, monkeypatch):
     question = "What is the locker of Maria?"
-    messages = [*session.messages, {"role": "user", "content": question}]
+    messages = [*session.conversation.messages, {"role": "user", "content": question}]
     n = len(session.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
     monkeypatch.setattr(session.model.args, "max_position_embeddings", n)
-    with pytest.raises(SessionError, match=f"found {n} tokens, .* context of {n}"):
+    with pytest.raises(SessionError, match=rf"found {n} tokens, .* context of {n}"):
         say(session, question)
     session.model.args.max_position_embeddings = n + 2
     say(session, question)
@@ -269,17 +287,17 @@ def test_reset(session):
     first = say(session, "Omar's bike?")
     say(session, "What is Klara's code?")
     session.reset()
-    assert session.offset == 0 == session.cache_bytes and len(session.messages) == 1
+    assert session.offset == 0 == cache_bytes(session) and len(session.conversation.messages) == 1
     assert say(session, "Omar's bike?") == first
 
 
 def test_statistics(session):
     say(session, "Omar's bike?")
     layers, heads, dim, size = 5, 4, 32, 2
-    assert session.full_bytes == 2 * layers * heads * dim * size * session.offset
-    assert session.cache_bytes == sum(c.keys.nbytes + c.values.nbytes for c in session.cache) > 0
-    ratio = session.full_bytes / session.cache_bytes
-    assert session.cache_line().endswith(f"{ratio:.2f} times as much")
+    assert full_bytes(session) == 2 * layers * heads * dim * size * session.offset
+    assert cache_bytes(session) == sum(c.keys.nbytes + c.values.nbytes for c in session.cache) > 0
+    ratio = full_bytes(session) / cache_bytes(session)
+    assert cache_line(session).endswith(f"{ratio:.2f} times as much")
 
 
 # Saved conversations
@@ -293,10 +311,13 @@ def test_save_and_load(session, loaded, folder, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["talk.safetensors"]
     other = Session(*loaded, str(folder), max_tokens=12)
     other.load(file)
-    assert (other.tokens, other.messages) == (session.tokens, session.messages)
+    assert (other.tokens, other.conversation.messages) == (
+        session.tokens,
+        session.conversation.messages,
+    )
     assert say(other, "Omar's bike?") == say(session, "Omar's bike?")
     assert other.usage.prompt_tokens == session.usage.prompt_tokens < 20
-    assert other.cache_bytes == session.cache_bytes
+    assert cache_bytes(other) == cache_bytes(session)
 
 
 def test_saved_file_is_mlx_lms_too(session, tmp_path):
@@ -314,7 +335,7 @@ def test_save_refuses(session, tmp_path):
     say(session, "Omar's bike?")
     notes = tmp_path / "notes.safetensors"
     notes.write_text("mine")
-    with pytest.raises(SessionError, match="notes.safetensors: found another kind of file"):
+    with pytest.raises(SessionError, match=r"notes.safetensors: found another kind of file"):
         session.save(notes)
     assert notes.read_text() == "mine"
     with pytest.raises(SessionError, match="cannot be written"):
@@ -330,7 +351,9 @@ def test_load_refuses_another_models_cache(session, loaded, tmp_path):
     norm = model.layers[3].mlp.up_proj
     norm.weight = norm.weight * 1.01
     other = Session(model, loaded[1], "a fine-tune")
-    with pytest.raises(SessionError, match="cache of another model .* expected one of a fine-tune"):
+    with pytest.raises(
+        SessionError, match=r"cache of another model .* expected one of a fine-tune"
+    ):
         other.load(file)
     assert other.offset == 0 and say(other, "Omar's bike?") is not None
 
@@ -358,7 +381,7 @@ def test_load_refuses_damage(session, tmp_path, damage):
         if damage == "text":
             saved["tokens"] = "none"
         save_prompt_cache(str(file), cache, {**metadata, "ksa_mlx": json.dumps(saved)})
-    with pytest.raises(SessionError, match="talk.safetensors: "):
+    with pytest.raises(SessionError, match=r"talk.safetensors: "):
         session.load(file)
     assert session.tokens == before  # the conversation stays as it was
 
@@ -399,9 +422,13 @@ def test_cache_of_mlx_lm_cache_prompt(capsys, loaded, folder, tmp_path):
     suffix = tokenizer.encode(f"{question}<|assistant|>", add_special_tokens=False)
     expected = mlx_generate(model, tokenizer, head + suffix, max_tokens=8)
     assert capsys.readouterr().out == expected + "\n"
-    refused(
-        capsys, ["--model", str(notebook.CHECKPOINT), *argv, "-p", "x"], "cache of another model"
-    )
+    other = str(shutil.copytree(folder, tmp_path / "other"))
+    refused(capsys, ["--model", other, *argv, "-p", "x"], "cache of another model")
+    refused(capsys, argv, "answers one question: give --prompt")
+    draft = ["--draft-model", str(folder)]
+    refused(capsys, [*argv, *draft, "-p", "x"], "a draft model would have to read", "/save")
+    with pytest.raises(SessionError, match="answers one question"):
+        Session(model, tokenizer, str(folder)).load(file)
 
 
 # What is refused
@@ -418,26 +445,130 @@ def test_bad_prompts(capsys, folder, tmp_path):
     refused(capsys, [*ask, "--prompt", f"@{tmp_path}/long"], "tokens", "context of 32,768")
 
 
-def test_bad_flags(capsys, folder):
-    ask = ["--model", str(folder), "--prompt", "x"]
-    for flag, value in (
-        ("--max-tokens", "0"),
-        ("--max-tokens", "many"),
-        ("--temp", "-1"),
-        ("--temp", "nan"),
-        ("--top-p", "1.5"),
-        ("--prefill-step-size", "0"),
-        ("--chat-template-config", "[1"),
-        ("--chat-template-config", '{"tokenize": false}'),
-        ("--seed", "99999999999999999999999"),
-        ("--top-k", "99999"),
-        ("--system-prompt", "@"),
-    ):
-        refused(capsys, [*ask, flag, value], flag)
-    refused(capsys, ["--model", "", "--prompt", "x"], "--model")
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("--max-tokens 0", "--max-tokens: found 0, expected at least 1, or -1 for no limit"),
+        ("--max-tokens many", "--max-tokens/-m: invalid int value: 'many'"),
+        ("--temp -1", "--temp: found -1.0, expected a number of at least 0"),
+        ("--temp nan", "--temp: found nan"),
+        ("--temp inf", "--temp: found inf"),
+        ("--temp 1 --top-p 1.5", "--top-p: found 1.5, expected more than 0 and at most 1"),
+        ("--temp 1 --top-p 0", "--top-p: found 0.0"),
+        ("--temp 1 --top-k -1", "--top-k: found -1"),
+        ("--temp 1 --top-k 99999", "--top-k: found 99999, expected less than the model's"),
+        ("--temp 1 --min-p 2", "--min-p: found 2.0"),
+        ("--temp 1 --xtc-probability 2", "--xtc-probability: found 2.0"),
+        ("--temp 1 --xtc-probability 1 --xtc-threshold 1", "--xtc-threshold: found 1.0"),
+        ("--repetition-penalty 0", "--repetition-penalty: found 0.0"),
+        ("--prefill-step-size 0", "--prefill-step-size: found 0"),
+        ("--chat-template-config [1", "--chat-template-config: found '[1', expected a JSON object"),
+        ('--chat-template-config {"tokenize":false}', "--chat-template-config: found 'tokenize'"),
+        ("--seed 99999999999999999999999", "--seed: found 99999999999999999999999"),
+        ("--system-prompt @", "--system-prompt: found @"),
+        ("--kv-bits 7", "--kv-bits: found 7, expected 2, 3, 4, 5, 6 or 8"),
+        ("--verbose maybe", "--verbose: found 'maybe', expected True or False"),
+        ("--adapter-path none", "--adapter-path: none: found no adapter_config.json"),
+        # What means nothing is not passed over.
+        ("--max-kv-size 512", "--max-kv-size: not needed"),
+        ("--image a.png", "--image: a KSA model reads text only"),
+        ("--use-default-chat-template", "--use-default-chat-template: not needed"),
+        ("--quantize-activations", "--quantize-activations: expected weights in nvfp4 or mxfp8"),
+        ("--top-p 0.9", "--top-p: needs --temp above 0"),
+        ("--min-p 0.1", "--min-p: needs --temp above 0"),
+        ("--kv-group-size 64", "--kv-group-size: needs --kv-bits"),
+        ("--quantized-kv-start 0", "--quantized-kv-start: needs --kv-bits"),
+        ("--num-draft-tokens 3", "--num-draft-tokens: needs --draft-model"),
+        ("--repetition-context-size 9", "--repetition-context-size: needs --repetition-penalty"),
+        ("--temp 1 --xtc-threshold 0.2", "--xtc-threshold: needs --xtc-probability"),
+        (
+            "--system-prompt x --prompt-cache-file y",
+            "--system-prompt: not together with --prompt-c",
+        ),
+        ("--prefill-response x --ignore-chat-template", "write the beginning behind the prompt"),
+        ("--demo", "--demo: not together with --prompt"),
+        ("--nonsense", "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_bad_flags(capsys, folder, given, expected):
+    refused(capsys, ["--model", str(folder), "--prompt", "x", *given.split()], expected)
+
+
+def test_bad_flags_without_a_prompt(capsys, folder):
+    refused(capsys, ["--model", "", "--prompt", "x"], "--model: found nothing")
     refused(capsys, ["--model", str(folder), "--prompt", "\udcff"], "--prompt", "UTF-8")
-    both = ["--system-prompt", "x", "--prompt-cache-file", "y"]
-    refused(capsys, [*ask, *both], "--system-prompt", "--prompt-cache-file")
+    refused(capsys, ["--demo", "--system-prompt", "x"], "--demo: not together with --system-prompt")
+    refused(capsys, ["--prefill-response", "x"], "--prefill-response: needs --prompt")
+
+
+def test_every_flag_of_mlx_lms_has_a_meaning_or_is_refused():
+    ours = {a.dest for a in flags.parser()._actions}
+    assert {a.dest for a in setup_arg_parser()._actions} <= ours
+    checked = {*flags.MEANINGLESS, *flags.LIMITS, *flags.NEEDS, *flags.SAMPLING}
+    assert checked <= ours and {x for pair in flags.EXCLUSIVE for x in pair[:2]} <= ours
+    # What nobody reads is ignored.
+    code = (ROOT / "ksa_mlx/generate.py").read_text() + (ROOT / "ksa_mlx/chat/flags.py").read_text()
+    for name in ours - {"help"} - set(flags.MEANINGLESS):
+        assert f"args.{name}" in code or f'"{name}"' in (ROOT / "ksa_mlx/generate.py").read_text()
+
+
+def test_an_answer_that_has_begun(capsys, folder, loaded):
+    model, tokenizer = loaded
+    ask = ["--model", str(folder), "--system-prompt", SYSTEM, "--prompt", "Omar's bike?"]
+    assert main([*ask, "--prefill-response", "The bike of", "--max-tokens", "9"]) == 0
+    messages = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": "Omar's bike?"},
+        {"role": "assistant", "content": "The bike of"},
+    ]
+    prompt = tokenizer.apply_chat_template(messages, continue_final_message=True)
+    expected = mlx_generate(model, tokenizer, prompt, max_tokens=9)
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_adapters(capsys, folder, loaded, tmp_path):
+    """An adapter of zeros changes nothing, one of numbers does, and a damaged one has a name."""
+    ask = ["--model", str(folder), "--ignore-chat-template", "--prompt", "The locker of Maria is"]
+
+    def answer():
+        assert main([*ask, "--adapter-path", str(tmp_path), "--max-tokens", "9"]) == 0
+        return capsys.readouterr().out
+
+    parameters = {"rank": 2, "scale": 20.0, "dropout": 0.0, "keys": ["self_attn.v_proj"]}
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    refused(capsys, [*ask, "--adapter-path", str(tmp_path)], f"--adapter-path: {tmp_path}: ")
+    model, _ = ksa_mlx.load(folder)
+    linear_to_lora_layers(model, 2, parameters)
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    weights = {name: w for name, w in weights.items() if "lora" in name}
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
+    assert main([*ask, "--max-tokens", "9"]) == 0
+    plain = capsys.readouterr().out
+    assert answer() == plain
+    changed = {name: mx.ones_like(w) * (-1) ** i for i, (name, w) in enumerate(weights.items())}
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), changed)
+    assert answer() != plain
+
+
+def test_a_penalty_sees_the_prompt_as_mlx_lms_does(session):
+    """The prompt is read before mlx-lm sees it: its processors are shown it none the less."""
+    seen = []
+
+    def processor(tokens, logits):
+        seen.append(tokens.tolist())
+        return logits
+
+    session.options.update(logits_processors=[processor], prefill_step_size=8)
+    prompt, _ = session._prompt("Omar's bike?")
+    say(session, "Omar's bike?")
+    assert seen[0] == prompt and len(prompt) > 16
+    n = len(prompt)
+    assert [x[n:] for x in seen] == [session.tokens[n : n + i] for i in range(len(seen))]
+    held = session.offset
+    seen.clear()
+    say(session, "And Klara's code?")
+    assert seen[0] == session.tokens[held : held + len(seen[0])]
 
 
 def test_a_bad_choice_of_kernels(capsys, folder, monkeypatch):
@@ -487,7 +618,9 @@ def test_demo(capsys, monkeypatch):
     for question, note in notebook.QUESTIONS:
         assert question in out and note in out and note in notebook.notes()
     answers = re.findall(r"Answer: +(.*)", out)
-    right = sum(a.rstrip(".") in note for a, (_, note) in zip(answers, notebook.QUESTIONS))
+    right = sum(
+        a.rstrip(".") in note for a, (_, note) in zip(answers, notebook.QUESTIONS, strict=True)
+    )
     assert len(answers) == 3 and right >= 2
     held, full = re.search(r"KV cache: ([\d.]+) MB .* hold ([\d.]+) MB", out).groups()
     assert float(full) > 3 * float(held)
@@ -503,17 +636,6 @@ def test_embedded_tokenizer_round_trips(loaded):
             detokenizer.add_token(i)
         detokenizer.finalize()
         assert tokenizer.decode(ids) == detokenizer.text == text
-
-
-def test_embedded_model_is_converted_once(folder, tmp_path, monkeypatch):
-    stamp = (folder / "model.safetensors").stat().st_mtime_ns
-    assert notebook.embedded_model() == folder
-    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
-    # Where nothing can be written, a temporary folder does.
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("KSA_MLX_CACHE", str(tmp_path / "file"))
-    other = notebook.embedded_model()
-    assert other != folder and (other / "config.json").is_file()
 
 
 # The chat, in a terminal and in a pipe
@@ -585,7 +707,7 @@ def test_chat_in_a_terminal(tmp_path):
     t = Terminal("--max-tokens", "-1", "--temp", "0")
     try:
         greeting = t.until("\n> ")
-        question, note = notebook.QUESTIONS[0]
+        question, _ = notebook.QUESTIONS[0]
         assert question in greeting and "/help" in greeting
         loaded_tokens = re.search(r"\(([\d,]+) tokens\)", greeting).group(1)
 
@@ -649,5 +771,5 @@ def test_chat_in_a_pipe_and_ctrl_c_without_one(folder, tmp_path):
     p = subprocess.Popen([*program, *endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert p.stdout.read(20)
     p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=60)
+    _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and b"KV cache" in err and b"Traceback" not in err

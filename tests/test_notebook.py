@@ -81,7 +81,7 @@ def test_training_never_shows_what_is_held_out():
 
 
 def tiny(torch, **sizes):
-    from training.model import NotebookConfig, NotebookModel
+    from training.model import NotebookConfig, NotebookModel  # noqa: PLC0415  (needs PyTorch)
 
     torch.manual_seed(0)
     sizes = {
@@ -96,7 +96,7 @@ def tiny(torch, **sizes):
 
 def dense(torch, model, ids):
     """The model by its definition: text and summaries in one sequence under one mask."""
-    from training.model import rope_table, rotate
+    from training.model import rope_table, rotate  # noqa: PLC0415  (needs PyTorch)
 
     c, length = model.config, ids.shape[1]
     chunks = length // c.chunk
@@ -118,7 +118,7 @@ def dense(torch, model, ids):
     for layer in model.model.layers:
         a, h = layer.self_attn, layer.input_layernorm(x)
 
-        def heads(name):
+        def heads(name, a=a, h=h):
             base, own = (getattr(a, f"{name}_proj{s}")(h) for s in ("", "_summary"))
             y = torch.where(summary[:, None], own, base).unflatten(-1, (-1, c.head_dim))
             if name == "v":
@@ -161,8 +161,8 @@ def test_attention_of_selected_tokens_is_their_share(torch):
 
 
 def test_training_learns_and_resumes(torch, tokenizer, tmp_path):
-    from training.model import NotebookConfig
-    from training.train import Level, train
+    from training.model import NotebookConfig  # noqa: PLC0415  (needs PyTorch)
+    from training.train import Level, train  # noqa: PLC0415  (needs PyTorch)
 
     said = []
     options = {
@@ -178,7 +178,7 @@ def test_training_learns_and_resumes(torch, tokenizer, tmp_path):
 
 
 def logits_of_both(torch, folder, ids):
-    from training.export import read
+    from training.export import read  # noqa: PLC0415  (needs PyTorch)
 
     model = ksa_mlx.load(str(folder))[0]
     model.set_dtype(mx.float32)
@@ -190,7 +190,7 @@ def logits_of_both(torch, folder, ids):
 
 
 def test_export_loads_in_mlx(torch, tokenizer, tmp_path):
-    from training.export import export
+    from training.export import export  # noqa: PLC0415  (needs PyTorch)
 
     model = tiny(torch, vocab_size=tokenizer.vocab_size())
     export(model, SHIPPED / "tokenizer.model", tmp_path)

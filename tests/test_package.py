@@ -55,12 +55,11 @@ def test_readme_commands():
     assert test in (ROOT / ".github/workflows/test.yml").read_text()
 
 
-def test_readme_python(capsys, tmp_path, monkeypatch):
+def test_readme_python(capsys):
     """The Python of the README runs, with a converted checkpoint in the place of the 4B."""
-    monkeypatch.setenv("KSA_MLX_CACHE", str(tmp_path))
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert "KSA-4B" in code
-    exec(code.replace("KSA-4B", str(notebook.embedded_model())), {})
+    exec(code.replace("KSA-4B", str(notebook.CHECKPOINT)), {})
     assert capsys.readouterr().out.strip()
 
 
@@ -88,7 +87,7 @@ def test_wheel_alone_in_an_empty_environment(tmp_path):
     python = python_of(tmp_path / "env")
     run(python, "-m", "pip", "install", "--quiet", str(wheel))
     # No network, no home, nothing of this environment.
-    bare = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "KSA_MLX_CACHE")}
+    bare = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH",)}
     bare |= {"HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     out = run(python, "-m", "ksa_mlx", "generate", stdin=subprocess.DEVNULL, env=bare)
     assert len(re.findall(r"Answer: +\S", out)) == 3 and "full attention would hold" in out

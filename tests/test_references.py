@@ -1,5 +1,6 @@
 """References: what an answer's tokens attended to, by the definition, and what it is good for."""
 
+import html
 import os
 import re
 import subprocess
@@ -9,13 +10,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import KVCache
 
 import ksa_mlx
 from ksa_mlx import naive
 from ksa_mlx.cache.quantized import MixedRollingSummaryCache
-from ksa_mlx.chat.notebook import QUESTIONS, embedded_model, notes
+from ksa_mlx.chat.notebook import CHECKPOINT, QUESTIONS, notes
+from ksa_mlx.chat.report import cache_bytes
 from ksa_mlx.chat.session import Session
-from ksa_mlx.chat.terminal import show_references
+from ksa_mlx.chat.terminal import references_shown
 from ksa_mlx.errors import SessionError
 from ksa_mlx.references import trace as tracing
 from ksa_mlx.references.page import page, print_references
@@ -30,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def embedded():
-    return ksa_mlx.load(str(embedded_model()))
+    return ksa_mlx.load(CHECKPOINT)
 
 
 def by_definition(model, ids, question, monkeypatch):
@@ -136,7 +139,7 @@ def test_nothing_is_left_in_the_model():
     model, ids = build(), tokens(60)
     before, layers = model(ids), list(model.layers)
     trace_answer(model, ids[0, :50].tolist(), ids[0, 50:].tolist(), 50)
-    assert all(a is b for a, b in zip(model.layers, layers)) and len(model.layers) == len(layers)
+    assert all(a is b for a, b in zip(model.layers, layers, strict=True))
     assert all(type(layer).__module__ == "ksa_mlx.model" for layer in model.layers)
     assert mx.array_equal(model(ids), before)
     cache = model.make_cache()
@@ -146,8 +149,6 @@ def test_nothing_is_left_in_the_model():
 
 def test_workspace_at_128k_is_bounded():
     """One full layer and 131,072 keys: what is held grows with the chunks, not with the scores."""
-    from mlx_lm.models.cache import KVCache
-
     cache, n, heads = KVCache(), 131072, 8
     cache.keys = mx.random.normal((1, 2, n, 16))
     cache.values, cache.offset = mx.zeros((1, 2, n, 1)), n
@@ -265,10 +266,11 @@ def asked(embedded):
     """A session that has answered one question about the sample notebook, and its trace."""
     traces = []
     text = "\n".join(notes().splitlines()[:60])
-    session = Session(*embedded, "notebook", system_prompt=text, on_sources=traces.append)
+    session = Session(*embedded, "notebook", system_prompt=text)
+    session.on_references = traces.append
     session.read_ahead()
     answer = "".join(session.answer(QUESTIONS[0][0])).strip()
-    session.show_sources()
+    session.show_references()
     return session, answer, traces[0]
 
 
@@ -284,12 +286,13 @@ def test_first_chunk_counts_unless_it_is_a_sink(monkeypatch):
 def test_session_gives_what_a_reading_of_its_own_gives(embedded, asked):
     session, answer, trace = asked
     model, tokenizer = embedded
+    no_answer = {"add_generation_prompt": False}
     assert tokenizer.decode(trace.tokens[trace.prompt_length :]).strip() == answer
     expected = trace_answer(
         model,
         trace.tokens[: trace.prompt_length],
         trace.tokens[trace.prompt_length :],
-        len(session._render(session.messages[:1], False)),
+        len(session.conversation.render(session.conversation.messages[:1], **no_answer)),
     )
     # The session counts the mark of the user to the context: it is in its last chunk.
     chunks = expected.chunks - 1
@@ -297,7 +300,7 @@ def test_session_gives_what_a_reading_of_its_own_gives(embedded, asked):
     np.testing.assert_allclose(
         trace.by_layer[:, :chunks], expected.by_layer[:, :chunks], rtol=1e-3, atol=1e-4
     )
-    messages = [*session.messages[:1], {"role": "user", "content": QUESTIONS[0][0]}]
+    messages = [*session.conversation.messages[:1], {"role": "user", "content": QUESTIONS[0][0]}]
     found = ksa_mlx.references(
         model, tokenizer, messages, trace.tokens[trace.prompt_length :], top=3
     )
@@ -309,15 +312,14 @@ def test_session_keeps_nothing_when_off(embedded):
     session = Session(*embedded, "notebook", system_prompt="The badge of Olga is 6967.")
     text = "".join(session.answer("What is the badge of Olga?"))
     assert session._said is None
-    session.show_sources()  # does nothing
+    session.show_references()  # does nothing
     traces = []
-    other = Session(
-        *embedded, "notebook", system_prompt="The badge of Olga is 6967.", on_sources=traces.append
-    )
+    other = Session(*embedded, "notebook", system_prompt="The badge of Olga is 6967.")
+    other.on_references = traces.append
     assert "".join(other.answer("What is the badge of Olga?")) == text
-    other.show_sources()
+    other.show_references()
     assert len(traces) == 1 and other._said is None
-    assert other.tokens == session.tokens and other.cache_bytes == session.cache_bytes
+    assert other.tokens == session.tokens and cache_bytes(other) == cache_bytes(session)
     again = ["".join(s.answer("And the badge of Olga?")) for s in (session, other)]
     assert again[0] == again[1]
 
@@ -347,8 +349,6 @@ def test_page_is_self_contained_and_escaped(embedded):
     assert "<img" not in text and "\x1b" not in text and "&lt;img" in text
     assert not re.search(r'(?:src|href)="(?!#)', text) and "url(" not in text
     shown = re.search(r"<main.*?>(.*)</main>", text, re.DOTALL)[1]
-    import html
-
     words = html.unescape(re.sub(r"<[^>]*>", "", shown))
     assert words == tokenizer.decode(ids).replace("\x1b", "\ufffd")
     assert len(re.findall(r'<span id="c\d+"', shown)) == trace.chunks
@@ -357,7 +357,7 @@ def test_page_is_self_contained_and_escaped(embedded):
 def test_page_is_written_whole_or_not_at_all(embedded, asked, tmp_path, monkeypatch):
     _, _, trace = asked
     file = tmp_path / "page.html"
-    show = show_references(embedded[1], file, show=False)
+    show = references_shown(embedded[1], file, show=False)
     show(trace)
     before = file.read_text(encoding="utf-8")
     assert before.startswith("<!DOCTYPE html>")
@@ -366,7 +366,7 @@ def test_page_is_written_whole_or_not_at_all(embedded, asked, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(SessionError, match="page.html: No space left"):
+    with pytest.raises(SessionError, match=r"page.html: No space left"):
         show(trace)
     assert file.read_text(encoding="utf-8") == before and len(list(tmp_path.iterdir())) == 1
 

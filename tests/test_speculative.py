@@ -20,6 +20,7 @@ from mlx_lm.models.cache import KVCache
 import ksa_mlx
 from ksa_mlx.cache.rollback import ROLLBACK, settle
 from ksa_mlx.chat import notebook
+from ksa_mlx.chat.report import report
 from ksa_mlx.chat.session import Session
 from ksa_mlx.errors import ConfigError
 from ksa_mlx.generate import main
@@ -291,7 +292,9 @@ def test_conversation_with_a_draft(notebook_models, tmp_path):
     draft, _ = ksa_mlx.load(notebook_models[1])
     about = {"system_prompt": notes(), "max_tokens": 15}
     plain = Session(model, tokenizer, "m", **about)
-    drafted = Session(model, tokenizer, "m", **about, draft_model=draft, num_draft_tokens=4)
+    drafted = Session(
+        model, tokenizer, "m", **about, draft_model=draft, options={"num_draft_tokens": 4}
+    )
     drafted.read_ahead()
     for question in ("What is the phone of Hugo?", "What is the hotel of Liam?", "Why?"):
         before = drafted.offset
@@ -300,12 +303,12 @@ def test_conversation_with_a_draft(notebook_models, tmp_path):
         assert drafted.usage.prompt_tokens < 20 and drafted.offset > before > 300
         assert {c.offset for c in drafted.cache} == {drafted.offset}
     assert 0 < drafted.usage.drafted <= drafted.usage.generation_tokens
-    assert "Draft model: proposed" in "\n".join(drafted.report())
+    assert "Draft model: proposed" in report(drafted)
     # Left in the middle of an answer, as by Ctrl-C.
     for session in (plain, drafted):
         for n, _ in enumerate(session.answer("What is the train of Jonas?")):
             session.stop = n == 1
-    assert drafted.messages == plain.messages
+    assert drafted.conversation.messages == plain.conversation.messages
     assert "".join(plain.answer("And then?")) == "".join(drafted.answer("And then?"))
     # A saved conversation has no draft model's cache, and goes on with one.
     drafted.save(tmp_path / "saved")
@@ -317,7 +320,7 @@ def test_a_draft_with_quantised_caches(notebook_models):
     model, tokenizer = ksa_mlx.load(notebook_models[0])
     draft, _ = ksa_mlx.load(notebook_models[1])
     kv = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
-    about = {"system_prompt": notes(), "max_tokens": 15, "kv": kv}
+    about = {"system_prompt": notes(), "max_tokens": 15, "options": kv}
     plain = Session(model, tokenizer, "m", **about)
     drafted = Session(model, tokenizer, "m", **about, draft_model=draft)
     for question in ("What is the phone of Hugo?", "What is the hotel of Liam?"):

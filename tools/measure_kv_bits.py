@@ -12,7 +12,7 @@ import mlx.core as mx
 import ksa_mlx
 from ksa_mlx.benchmark.__main__ import table
 from ksa_mlx.cache.rolling import RollingSummaryCache
-from ksa_mlx.chat.notebook import embedded_model, notes
+from ksa_mlx.chat.notebook import CHECKPOINT, notes
 from ksa_mlx.config import MODEL_TYPE
 from ksa_mlx.model import Model, ModelArgs
 
@@ -98,7 +98,7 @@ def random_model() -> Model:
 
 
 def main():
-    model, tokenizer = ksa_mlx.load(embedded_model())
+    model, tokenizer = ksa_mlx.load(CHECKPOINT)
     model.set_dtype(mx.float32)
     measure("Embedded model", model, mx.array(tokenizer.encode(notes()))[None])
     measure("Random model", random_model(), mx.random.randint(0, 1024, (1, 2048)))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..cache.rolling import RollingSummaryCache
 from ..errors import SessionError, one_line
+from ..files import replaced
 
 # The entry in the file's metadata that tells what the cache has read.
 ENTRY = "ksa_mlx"
@@ -29,7 +29,10 @@ def write(file: Path, model, name: str, cache: list[Any], about: dict[str, Any])
     """Write a cache and what it has read; a file that is there is replaced whole or not at all.
 
     Args:
-        model, name: whose cache it is.
+        file: where to.
+        model: whose cache it is.
+        name: what that model is called.
+        cache: one a layer.
         about: "messages", "plain" and "tokens" of a `Session`.
     """
     file = cache_file(file)
@@ -38,14 +41,11 @@ def write(file: Path, model, name: str, cache: list[Any], about: dict[str, Any])
     about = {**about, "fingerprint": fingerprint(model)}
     # The first two are what mlx_lm.generate reads.
     metadata = {"model": name, "tokenizer_config": "{}", ENTRY: json.dumps(about)}
-    part = file.with_name(f".{file.name}.{os.getpid()}.safetensors")
     try:
-        save_prompt_cache(str(part), cache, metadata)
-        os.replace(part, file)
+        with replaced(file) as part:
+            save_prompt_cache(str(part), cache, metadata)
     except (OSError, RuntimeError) as e:
         raise SessionError(f"{file}: cannot be written ({one_line(e)})") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read(file: Path, model, name: str) -> tuple[list[Any], dict[str, Any] | None]:
@@ -113,7 +113,7 @@ def check(file: Path, model, cache: list[Any], offset: int):
         raise SessionError(
             f"{file}: found a cache of {len(cache)} layers, expected {len(expected)}"
         )
-    for layer, (c, e) in enumerate(zip(cache, expected)):
+    for layer, (c, e) in enumerate(zip(cache, expected, strict=True)):
         if isinstance(e, RollingSummaryCache):
             same = isinstance(c, RollingSummaryCache) and _geometry(c) == _geometry(e)
         else:
@@ -142,9 +142,12 @@ def cache_file(file: Path) -> Path:
 
 def cache_owner(file: Path) -> str | None:
     """The name of the model that a saved cache belongs to, if it says."""
-    metadata = _metadata(cache_file(file))
-    # mlx-lm 0.32 puts the user's metadata first, 0.31 second.
-    return metadata.get("0.model") or metadata.get("1.model")
+    return _metadata(cache_file(file)).get("0.model")
+
+
+def is_conversation(file: Path) -> bool:
+    """Whether a saved cache says what it has read, as `write`'s do."""
+    return f"0.{ENTRY}" in _metadata(cache_file(file))
 
 
 def _metadata(file: Path) -> dict[str, str]:
@@ -162,7 +165,8 @@ def fingerprint(model) -> str:
     """A digest of the config and of a sample of every weight: two models rarely share it."""
     config = {k: v for k, v in asdict(model.args).items() if k != "rollback"}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, w in sorted(tree_flatten(model.parameters())):
+    weights: Any = tree_flatten(model.parameters())
+    for name, w in sorted(weights):
         digest.update(f"{name} {w.shape} {w.dtype}".encode())
         digest.update(np.array(w.reshape(-1)[:64].view(mx.uint8)).tobytes())
     return digest.hexdigest()

@@ -2,20 +2,21 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from tqdm import tqdm
 
 from ..errors import SessionError, one_line
 from ..references.page import print_references, write_page
 from ..references.trace import Trace
 from .prompt_cache_file import cache_file
+from .report import report
 from .session import Session
 
-try:
+with suppress(ImportError):  # a Python built without it
     import readline  # noqa: F401  (history and editing for input())
-except ImportError:  # a Python built without it
-    pass
 
 HELP = """\
   /reset      begin again: the system prompt and an empty cache
@@ -46,15 +47,39 @@ def ctrl_c_stops(session: Session) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def chat(session: Session):
+@contextmanager
+def reading_bar(session: Session) -> Iterator[None]:
+    """Show on a terminal how far a prompt is read, if that takes long."""
+    bar: tqdm | None = None
+
+    def show(done: int, total: int):
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(
+                total=total, desc="Reading", unit=" tokens", leave=False, disable=None, delay=0.5
+            )
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    before, session.progress = session.progress, show
+    try:
+        yield
+    finally:
+        session.progress = before
+        if bar is not None:
+            bar.close()
+
+
+def chat(session: Session, verbose: bool = True):
     """Read turns and commands from standard input until it ends."""
-    sources = session.on_sources or show_references(session.tokenizer)
-    commands: dict[str, Callable[[Session, Path | None], None]] = {
+    show = session.on_references or references_shown(session.tokenizer)
+    commands: dict[str, Callable[[Session, Path], None]] = {
         "/reset": _reset,
         "/save": _save,
         "/load": _load,
-        "/references": lambda session, _: _references(session, sources),
-        "/stats": lambda session, _: print("\n".join(session.report())),
+        "/references": lambda session, _: _references(session, show),
+        "/stats": lambda session, _: print(report(session)),
         "/help": lambda session, _: print(HELP),
     }
     if sys.stdin.isatty():
@@ -68,7 +93,7 @@ def chat(session: Session):
             if text.startswith("/"):
                 _command(session, commands, text)
             elif text.strip():
-                turn(session, text)
+                turn(session, session.answer(text), verbose)
         except EOFError:
             print()
             return
@@ -87,14 +112,14 @@ def _command(session: Session, commands: dict[str, Callable], text: str):
     takes_file = command in ("/save", "/load")
     if takes_file != bool(file.strip()):
         raise SessionError(f"{command}: expected {'a' if takes_file else 'no'} file name")
-    commands[command](session, Path(file.strip()).expanduser() if takes_file else None)
+    commands[command](session, Path(file.strip()).expanduser())
 
 
-def turn(session: Session, text: str, about: bool = True) -> bool:
+def turn(session: Session, answer: Iterable[str], verbose: bool = True, about: bool = True) -> bool:
     """Print an answer as it comes, and a line `about` it. Returns False if Ctrl-C stopped it."""
-    with ctrl_c_stops(session):
+    with ctrl_c_stops(session), reading_bar(session):
         try:
-            for piece in session.answer(text):
+            for piece in answer:
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             _say("\n(stopped at once; what was said so far will be read again)")
@@ -108,8 +133,8 @@ def turn(session: Session, text: str, about: bool = True) -> bool:
         "length": "cut at --max-tokens; ",
         "context": "cut: the context is full; ",
         "stopped": "stopped; ",
-    }.get(u.finish_reason, "")
-    if about or why:
+    }.get(u.finish_reason or "", "")
+    if verbose and (about or why):
         _say(
             f"[{why}{u.prompt_tokens:,} tokens read at {u.prompt_tps:,.0f} a second, "
             f"{u.generation_tokens:,} written at {u.generation_tps:,.0f}]"
@@ -117,16 +142,16 @@ def turn(session: Session, text: str, about: bool = True) -> bool:
     if u.finish_reason == "stopped":
         return False
     try:
-        session.show_sources()
+        session.show_references()
     except KeyboardInterrupt:
         _say("(stopped: no references)")
     return True
 
 
-def show_references(tokenizer, page: Path | None = None, show: bool = True):
+def references_shown(tokenizer, page: Path | None = None, show: bool = True):
     """What a session does with an answer's `Trace`: print references, write a page of them."""
 
-    def on_sources(trace: Trace):
+    def on_references(trace: Trace):
         if show:
             sys.stdout.flush()
             print_references(trace, tokenizer, sys.stderr)
@@ -136,7 +161,7 @@ def show_references(tokenizer, page: Path | None = None, show: bool = True):
             except OSError as e:
                 raise SessionError(f"--references-html: {page}: {e.strerror}") from None
 
-    return on_sources
+    return on_references
 
 
 def _say(text: str):
@@ -145,7 +170,7 @@ def _say(text: str):
 
 def read_ahead(session: Session):
     """Read the system prompt now, so that the first answer need not wait for it."""
-    with ctrl_c_stops(session):
+    with ctrl_c_stops(session), reading_bar(session):
         session.read_ahead()
 
 
@@ -154,9 +179,9 @@ def _reset(session: Session, _):
     print("(a new conversation)")
 
 
-def _references(session: Session, sources: Callable[[Trace], None]):
-    session.on_sources = None if session.on_sources else sources
-    print("(answers come with references)" if session.on_sources else "(no references)")
+def _references(session: Session, show: Callable[[Trace], None]):
+    session.on_references = None if session.on_references else show
+    print("(answers come with references)" if session.on_references else "(no references)")
 
 
 def _save(session: Session, file: Path):

@@ -2,7 +2,6 @@
 
 import html
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from ..files import replaced
 from .trace import Reference, Trace, pieces
 
 # Tokens shown on either side of a reference.
@@ -33,9 +33,9 @@ def print_references(trace: Trace, tokenizer, file: IO[str], top: int = 3):
     for r in found:
         console.print(Text(f"[{r.weight:.0%}, {describe(r)}]", "dim"))
         before, words, after = in_place(trace, tokenizer, r)
-        words = (words, "bold reverse") if styled else f">>{words}<<"
+        marked = Text(words, "bold reverse") if styled else Text(f">>{words}<<")
         # A terminal gets whole lines, a file one line a passage.
-        console.print(Text.assemble("  ", before, words, after), soft_wrap=not styled)
+        console.print(Text.assemble("  ", before, marked, after), soft_wrap=not styled)
 
 
 def _worth_showing(trace: Trace, tokenizer, top: int) -> list[Reference]:
@@ -79,12 +79,8 @@ def write_page(trace: Trace, tokenizer, file: Path, top: int = 5):
     The file is replaced whole or not at all. Raises OSError if it cannot be written.
     """
     text = page(trace, tokenizer, top)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with replaced(file) as part:
         part.write_text(text, encoding="utf-8")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def page(trace: Trace, tokenizer, top: int = 5) -> str:
@@ -126,7 +122,7 @@ def _context(trace: Trace, tokenizer) -> Iterator[str]:
     texts: list[str] = [escape(t) for t in pieces(tokenizer, trace.tokens, cuts)]
     *texts, tail = texts
     shades = _shades(trace.weights())
-    for i, (text, shade, weight) in enumerate(zip(texts, shades, trace.weights())):
+    for i, (text, shade, weight) in enumerate(zip(texts, shades, trace.weights(), strict=True)):
         style = f' style="--w:{shade:.2f}" title="{weight:.1%}"' if shade >= 0.01 else ""
         yield f'<span id="c{i}"{style}>{text}</span>'
     yield f"<i>{tail}</i>"
@@ -135,14 +131,14 @@ def _context(trace: Trace, tokenizer) -> Iterator[str]:
 def _answer(trace: Trace, tokenizer) -> Iterator[str]:
     cuts = range(trace.prompt_length, len(trace.tokens) + 1)
     shades = _shades(trace.token_weights.sum(1))
-    for text, shade in zip(pieces(tokenizer, trace.tokens, cuts), shades):
+    for text, shade in zip(pieces(tokenizer, trace.tokens, cuts), shades, strict=True):
         yield f'<span tabindex="0" style="--w:{shade:.2f}">{escape(text)}</span>'
 
 
 def _token_shades(trace: Trace) -> list:
     """For each token of the answer: its share of the weight, its chunks, their shades."""
     total, tokens = max(float(trace.by_layer.sum()), 1e-30), []
-    for chunks, weights in zip(trace.token_chunks, trace.token_weights):
+    for chunks, weights in zip(trace.token_chunks, trace.token_weights, strict=True):
         shown = weights > FAINT * max(weights.max(initial=0), 1e-30)
         shades = _shades(weights[shown])
         tokens.append(

@@ -1,4 +1,4 @@
-"""Answers with sources: which chunks of the prompt an answer's tokens attended to.
+"""References: which chunks of the prompt an answer's tokens attended to.
 
 The answer is read once more, at most a chunk a step, through layers that also report the attention
 of their text queries. In a windowed layer a query sees every chunk exactly once, as text or through
@@ -10,7 +10,8 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -26,10 +27,11 @@ JOIN, LONGEST = 0.1, 4
 # Chunks kept for each token of the answer, the heaviest ones.
 KEPT = 64
 
-# A first chunk that gets more of all attention than this is a sink and no source.
+# A first chunk that gets more of all attention than this is a sink and no reference.
 SINK = 0.25
 
-Prompt = Union[str, Sequence[int], list[dict[str, str]]]
+# Text, token ids, or messages.
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def references(
     prompt: Prompt,
     answer: str | Sequence[int],
     *,
-    question: None | str | int = None,
+    question: str | int | None = None,
     by_layer: bool = False,
     top: int = 5,
     cache: list[Any] | None = None,
@@ -65,11 +67,12 @@ def references(
     """The passages of a prompt that an answer's tokens attended to most, heaviest first.
 
     Args:
-        model, tokenizer: what `ksa_mlx.load` returns.
+        model: what `ksa_mlx.load` returns first.
+        tokenizer: what it returns second.
         prompt: text, token ids, or messages for the chat template.
         answer: text or token ids. Ids are safer: text may fall into other tokens.
         question: the end of the prompt that asks, as text or as a number of tokens; it is no
-            source. Default: the last line of a text or of the last message (the last sentence
+            reference. Default: the last line of a text or of the last message (the last sentence
             of one line); nothing of ids.
         by_layer: a list for each layer, instead of one over all layers.
         top: passages (a layer) at most.
@@ -77,20 +80,22 @@ def references(
             copied, and what it has read is not read again.
         prefill_step_size: prompt tokens a step.
 
-    The question and the answer are no sources, nor is the first chunk in a model that uses it as
+    The question and the answer are no references, nor is the first chunk in a model that uses it as
     a sink for attention that is meant for nothing (see `SINK`). Raises ValueError for an empty
     prompt or answer, a cache that has read too much, and a model that is split over machines.
     """
     ids, start = _read_prompt(tokenizer, prompt, question)
     if isinstance(answer, str):
-        answer = tokenizer.encode(answer, add_special_tokens=False)
-    trace = trace_answer(model, ids, list(answer), start, copy.deepcopy(cache), prefill_step_size)
+        said = tokenizer.encode(answer, add_special_tokens=False)
+    else:
+        said = list(answer)
+    trace = trace_answer(model, ids, said, start, copy.deepcopy(cache), prefill_step_size)
     if by_layer:
         return [trace.references(tokenizer, top, i) for i in range(len(trace.by_layer))]
     return trace.references(tokenizer, top)
 
 
-def _read_prompt(tokenizer, prompt: Prompt, question) -> tuple[list[int], int]:
+def _read_prompt(tokenizer, prompt: Any, question) -> tuple[list[int], int]:
     """The prompt's tokens, and where its question begins."""
     if isinstance(prompt, str):
 
@@ -123,9 +128,10 @@ def question_start(render: Callable[[str], list[int]], text: str, ids: list[int]
     """The token where the question begins in ids = render(text): the last line of `text`, of one
     line the last sentence."""
     text = text.rstrip()
-    head = re.match(r"(.*\n)?", text, re.DOTALL)[0] or re.match(r"(.*[.!?]\s+)?", text)[0]
-    other = render(head + "\u241f")  # a symbol that no question begins with
-    same = (a == b for a, b in zip(ids, other))
+    line = text.rfind("\n") + 1
+    sentence = max((m.end() for m in re.finditer(r"[.!?]\s+", text)), default=0)
+    other = render(text[: line or sentence] + "\u241f")  # a symbol that no question begins with
+    same = (a == b for a, b in zip(ids, other, strict=False))
     return next((i for i, equal in enumerate(same) if not equal), min(len(ids), len(other)))
 
 
@@ -181,7 +187,8 @@ class Trace:
 
 def passages(weights: np.ndarray, top: int) -> list[tuple[int, int]]:
     """The `top` heaviest chunks, each with its heavy neighbours: ranges first .. last - 1."""
-    left, found = weights.copy(), []
+    left = weights.copy()
+    found: list[tuple[int, int]] = []
     while len(found) < top and left.size and (peak := left.max()) > 0:
         a = int(left.argmax())
         b = a + 1
@@ -215,15 +222,15 @@ def trace_answer(
     heads = text.layers[-1].self_attn.n_heads if text.layers[-1] is not None else 0
     if text.pipeline_size > 1 or heads != args.num_attention_heads:
         raise ValueError("model: found a part of one, expected one that is not split over machines")
-    cache = make_cache(model, rollback=0) if cache is None else cache
+    held: list[Any] = make_cache(model, rollback=0) if cache is None else cache
     tokens, k, last = prompt + answer, args.summary_chunk_size, len(prompt) - 1
-    offset = cache[0].offset
+    offset = held[0].offset
     if offset > last:
         raise ValueError(f"cache: found {offset} tokens read, expected at most {last}, all but one")
     while offset < last:
         stop = min(last, offset + prefill_step_size)
-        text(mx.array([tokens[offset:stop]]), cache=cache)
-        mx.eval([c.state for c in cache])
+        text(mx.array([tokens[offset:stop]]), cache=held)
+        mx.eval([c.state for c in held])
         offset = stop
 
     layers, chunks = len(text.layers), -(-question // k)
@@ -248,7 +255,7 @@ def trace_answer(
     while offset < len(tokens) - 1:
         stop = min((offset // k + 1) * k, len(tokens) - 1)
         step_weights.clear()
-        mx.eval(shadow(mx.array([tokens[offset:stop]]), cache=cache))
+        mx.eval(shadow(mx.array([tokens[offset:stop]]), cache=held))
         weights = np.sum(step_weights, axis=0)
         order = np.argsort(-weights, axis=1, kind="stable")[:, :kept]
         rows = slice(offset - last, stop - last)
@@ -373,7 +380,7 @@ def pieces(tokenizer, tokens: list[int], cuts: Sequence[int]) -> Iterator[str]:
                 return text
         return text if b - a > 3 else ""
 
-    for start, stop in zip(cuts, cuts[1:]):
+    for start, stop in pairwise(cuts):
         # What a token looks like depends on the one before: tokenizers drop a text's first space.
         begin = max(0, start - 8)
         while begin and start - begin < 12 and decode(begin, start)[:1] in ("", "\ufffd"):

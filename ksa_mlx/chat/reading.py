@@ -1,0 +1,50 @@
+"""Reading a prompt in steps that can be stopped: short in time, whatever the machine."""
+
+import time
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache, wired_limit
+
+# Tokens of the first step, and of the shortest one.
+FIRST, SHORTEST = 32, 8
+
+# Seconds that a step is meant to take. It may take twice as long before the next one is shorter.
+SECONDS = 1.0
+
+
+def read(
+    readers: Sequence[tuple[Any, list[Any]]],
+    tokens: list[int],
+    longest: int,
+    quantize: dict[str, int] | None = None,
+) -> Generator[int, None, None]:
+    """Read tokens into caches, a step at a time; yields how many are read, 0 at first.
+
+    Args:
+        readers: models, and the caches that they read into. A cache is replaced in its list when
+            it is quantised.
+        tokens: text ids.
+        longest: tokens a step at most.
+        quantize: arguments of mlx-lm's `maybe_quantize_kv_cache`, for the first reader's caches.
+    """
+    done, size = 0, min(FIRST, longest)
+    yield done
+    with wired_limit(readers[0][0]):
+        while done < len(tokens):
+            part = mx.array([tokens[done : done + size]])
+            begin = time.perf_counter()
+            with mx.stream(generation_stream):
+                for model, cache in readers:
+                    model(part, cache=cache)
+                if quantize:
+                    maybe_quantize_kv_cache(readers[0][1], **quantize)
+                mx.eval([c.state for _, cache in readers for c in cache])
+            mx.clear_cache()
+            done += part.shape[1]
+            # What would have taken SECONDS, as a power of two: few different shapes.
+            wanted = size * SECONDS / max(time.perf_counter() - begin, 1e-6)
+            size = 1 << max(1, int(wanted)).bit_length() - 1
+            size = min(max(size, SHORTEST), longest)
+            yield done

@@ -1,0 +1,49 @@
+"""What a session's last answer cost, and what its cache holds."""
+
+import mlx.core as mx
+
+from .session import Session
+
+
+def cache_bytes(session: Session) -> int:
+    """Bytes that the KV cache holds."""
+    return sum(c.nbytes for c in session.own_cache)
+
+
+def full_bytes(session: Session) -> int:
+    """Bytes that full attention would hold: keys and values of every token in every layer."""
+    args = session.model.args
+    size = session.model.model.norm.weight.dtype.size
+    row = args.num_key_value_heads * args.head_dim * size
+    return 2 * args.num_hidden_layers * row * session.offset
+
+
+def cache_line(session: Session) -> str:
+    """What the KV cache holds, and what full attention would."""
+    held, full = cache_bytes(session), full_bytes(session)
+    ratio = f", {full / held:.2f} times as much" if held else ""
+    return (
+        f"KV cache: {mb(held)} for {session.offset:,} tokens; "
+        f"full attention would hold {mb(full)}{ratio}"
+    )
+
+
+def report(session: Session) -> str:
+    """What mlx_lm.generate reports, and the KV cache."""
+    lines, u = [], session.usage
+    if u is not None:
+        lines += [
+            f"Prompt: {u.prompt_tokens:,} tokens, {u.prompt_tps:,.1f} tokens-per-sec",
+            f"Generation: {u.generation_tokens:,} tokens, {u.generation_tps:,.1f} tokens-per-sec",
+        ]
+        if session.draft_model:
+            share = u.drafted / max(u.generation_tokens, 1)
+            lines.append(f"Draft model: proposed {u.drafted:,} of them ({share:.0%})")
+    lines.append(f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB")
+    lines.append(cache_line(session))
+    return "\n".join(lines)
+
+
+def mb(nbytes: int) -> str:
+    """Bytes for people."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
