@@ -7,14 +7,16 @@ the logits of a long text are compared with those of the plain cache: on the emb
 recall goes through its summaries, and on a random model.
 """
 
+import argparse
+
 import mlx.core as mx
 
 import ksa_mlx
-from ksa_mlx.benchmark.__main__ import table
+from ksa_mlx.benchmark.models import dims, make_args
+from ksa_mlx.benchmark.timing import Table
 from ksa_mlx.cache.rolling import RollingSummaryCache
 from ksa_mlx.chat.notebook import CHECKPOINT, notes
-from ksa_mlx.config import MODEL_TYPE
-from ksa_mlx.model import Model, ModelArgs
+from ksa_mlx.model import Model
 
 GROUP = 32
 
@@ -56,48 +58,24 @@ def logprobs(model: Model, text: mx.array, bits=None) -> mx.array:
 
 def measure(name: str, model: Model, text: mx.array):
     exact = logprobs(model, text)
-    rows = []
+    columns = [("text bits", 9), ("summary bits", 14), ("mean KL", 12), ("max KL", 12)]
+    table = Table(f"{name}, {text.shape[1]} tokens", [*columns, ("same top token", 16)])
     for bits in ((8, 8), (4, 4), (4, 8), (8, 4), (4, 16), (16, 4)):
         got = logprobs(model, text, bits)
         kl = (mx.exp(exact) * (exact - got)).sum(axis=-1)
         same = (exact.argmax(axis=-1) == got.argmax(axis=-1)).mean()
         numbers = f"{kl.mean().item():.2e}", f"{kl.max().item():.2e}", f"{same.item():.4f}"
-        rows.append([*map(str, bits), *numbers])
-    print(f"{name}, {text.shape[1]} tokens\n")
-    print(table(["text bits", "summary bits", "mean KL", "max KL", "same top token"], rows))
+        table.add(*bits, *numbers)
 
 
 def random_model() -> Model:
     """Layers as the embedded model's, with random weights and a head_dim of 64."""
-    args = ModelArgs.from_dict(
-        {
-            "model_type": MODEL_TYPE,
-            "hidden_size": 256,
-            "num_hidden_layers": 4,
-            "intermediate_size": 512,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-            "rms_norm_eps": 1e-6,
-            "vocab_size": 1025,
-            "max_position_embeddings": 32768,
-            "rope_theta": 1e6,
-            "tie_word_embeddings": True,
-            "use_summary_attention": True,
-            "summary_chunk_size": 8,
-            "summary_token_num": 1,
-            "summary_token_begin": 1024,
-            "summary_sliding_chunk_num": 4,
-            "summary_chunk_position_ids_type": "origin",
-            "summary_token_position_ids_type": "last_chunk_slice_right",
-            "summary_independent_parameters": False,
-        }
-    )
     mx.random.seed(0)
-    return Model(args)
+    return Model(make_args(dims(256, 512, 4, 4, 2, 64, 1024), [4] * 4))
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     model, tokenizer = ksa_mlx.load(CHECKPOINT)
     model.set_dtype(mx.float32)
     measure("Embedded model", model, mx.array(tokenizer.encode(notes()))[None])

@@ -3,7 +3,9 @@
 python tools/roofline.py > docs/roofline.md
 """
 
-from ksa_mlx.benchmark.__main__ import ksa_args
+import argparse
+
+from ksa_mlx.benchmark.models import keys_read, ksa_args
 
 # Memory bandwidth in GB/s, from Apple's technical specifications (the larger GPU where two exist).
 CHIPS = {
@@ -38,14 +40,7 @@ def weights(args) -> float:
 
 def keys(args, n: int, full: bool) -> float:
     """Keys that a decode step reads after n tokens, over all layers."""
-    if full:
-        return n * args.num_hidden_layers
-    chunk = (n - 1) // args.summary_chunk_size
-    total = 0
-    for window in args.windows:
-        first = 0 if window is None else max(0, chunk - window)
-        total += first * args.summary_token_num + n - first * args.summary_chunk_size
-    return total
+    return n * args.num_hidden_layers if full else sum(keys_read(args, n))
 
 
 def step(args, n: int, weight_bits: float, kv_bits: float, full: bool):
@@ -66,12 +61,13 @@ def table(head, rows):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     args = ksa_args("4b")
     print(
         f"""# What a token costs the 4B
 
 Computed by `python tools/roofline.py`, not measured: nobody has timed this project on Apple hardware yet.
-`python -m ksa_mlx.benchmark --shape 4b --dtype bfloat16` measures on a Mac.
+`python -m ksa_mlx benchmark --shape 4b --dtype bfloat16` measures on a Mac.
 
 A decode step reads every weight once ({weights(args) / 1e9:.2f} G numbers, the dropped own projections not among them) and
 the keys and values that its query sees. In a full layer these are all n, in a windowed layer n / 8 summaries and at most
@@ -94,7 +90,7 @@ GB read a token: weights + keys and values; the last columns are billions of mul
         rows.append(row)
     head = ["context"]
     head += [f"{name}, {kind}" for name in BITS for kind in ("KSA", "full")]
-    print(table(head + ["operations, KSA", "operations, full"], rows))
+    print(table([*head, "operations, KSA", "operations, full"], rows))
     print(
         """
 ## What the memory's bandwidth allows

@@ -1,36 +1,32 @@
-"""Measure the Metal kernels against MLX's operations, or, without Metal, count what they do.
+"""Measure the Metal kernels against MLX's operations, or count what they do.
 
-    python -m ksa_mlx.benchmark --kernels --shape 4b --dtype bfloat16 --contexts 16384 131072
-
-On a Mac: times, in turns and on the same caches, with GB/s beside a measured copy. Elsewhere, in
-a clone of the project with clang, the kernels run in the instrument (tests/metal_cpu): no times,
-but exact counts.
+On a Mac: times, in turns and on the same caches, with GB/s beside a measured copy. Without Metal
+an instrument that executes the kernels can be handed in: no times, but exact counts.
 """
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
-from tqdm import tqdm
 
 from ..attention import kernels
 from ..attention import windowed as attention
+from ..errors import KSAError
 from ..model import ModelArgs
-from .__main__ import in_turns, ratio, spread, table
+from .results import Results
+from .timing import Table, bar, in_turns, ratio, size, spread
 
 # Decode goes through caches of so many layers, so that they are read from memory.
 LAYERS = 8
 ROWS = 2048  # new rows of a prefill
 COUNTED_ROWS = 64  # the same, where each thread is executed on a CPU
 COPY_BYTES = 1 << 28
-ERROR = "Error: the largest\ndifference from attention in float32, as a share of the largest value."
+WARMUP = 3
+ERROR = "Error: largest difference from attention in float32, as a share of the largest value."
 GROUP = 64  # numbers that share a scale and a bias in quantised caches
 
 Attend = Callable[[mx.array], mx.array]
@@ -171,7 +167,9 @@ def measure(case: Case, steps: int, turns: int) -> dict[str, Any]:
         "ops": lambda: mx.eval(chain(case.ops, case.queries)),
         "copy": lambda: mx.eval(-block),
     }
-    seconds = in_turns(runs, steps if case.queries.shape[2] == 1 else turns)
+    turns = steps if case.queries.shape[2] == 1 else turns
+    with bar(f"{case.name} at {case.context} tokens", WARMUP + turns) as tick:
+        seconds = in_turns(runs, turns, WARMUP, tick)
     layer, ops = (float(np.median(seconds[r])) / len(case.kernel) for r in ("kernel", "ops"))
     return {
         "kernel": case.name,
@@ -202,8 +200,7 @@ def count(case: Case, log) -> dict[str, Any]:
         return sum(getattr(launch, what) for launch in launches)
 
     def of_cache(*ends):
-        names = (name.split()[1] for name in loaded)
-        return sum(b for name, b in zip(names, loaded.values()) if name.endswith(ends))
+        return sum(n for name, n in loaded.items() if name.endswith(ends))
 
     return {
         "kernel": case.name,
@@ -223,66 +220,120 @@ def count(case: Case, log) -> dict[str, Any]:
     }
 
 
-def times_report(rows: list[dict[str, Any]]) -> str:
-    head = ["kernel", "context", "kernel ms", "MLX ms", "faster", "kernel GB/s", "copy GB/s"]
-    lines = [
-        [r["kernel"], str(r["context"]), f"{r['kernel_ms']:.3f}", f"{r['ops_ms']:.3f}"]
-        + [spread(r["faster"]), f"{r['gb_s']:.1f}", f"{r['copy_gb_s']:.1f}"]
-        + [f"{r['gflops']:.0f}", f"{r['error']:.1e}"]
-        for r in rows
-    ]
-    return (
-        "Medians, one layer; faster: ratio of MLX's operations to the kernel, turn by turn "
-        "(quartiles)\n\n"
-        + table([*head, "kernel GFLOP/s", "error"], lines)
-        + "\nGB/s: keys and values that the queries see, once a KV head in decode, once for 32 "
-        "rows of a head\nin prefill (whose threadgroups may find them in a cache). A copy reads "
-        "and writes. " + ERROR
+def times_table() -> Table:
+    return Table(
+        "Medians, one layer; MLX / kernel: ratio of the times of MLX's operations and the kernel,\n"
+        "turn by turn (quartiles). GB/s: keys and values that the queries see, once a KV head in\n"
+        "decode, once for 32 rows of a head in prefill (whose threadgroups may find them in a\n"
+        f"cache). A copy reads and writes.\n{ERROR}",
+        [
+            ("kernel", 16),
+            ("context,\ntokens", 9),
+            ("kernel,\nms", 9),
+            ("MLX,\nms", 9),
+            ("MLX / kernel", 18),
+            ("kernel,\nGB/s", 9),
+            ("copy,\nGB/s", 8),
+            ("kernel,\nGFLOP/s", 10),
+            ("error", 9),
+        ],
     )
 
 
-def counts_report(rows: list[dict[str, Any]]) -> str:
-    head = ["kernel", "context", "visible bytes", "keys loaded", "values", "scales, biases"]
-    head += ["loaded / visible", "launches", "threadgroups", "barriers", "matrix loads"]
-    head += ["matrix products", "threadgroup memory", "error"]
-    names = ["launches", "threadgroups", "barriers", "matrix_loads", "matrix_multiplies"]
-    lines = [
-        [r["kernel"], str(r["context"])]
-        + [str(r[x]) for x in ("visible", "keys", "values", "affine")]
-        + [f"{(r['keys'] + r['values'] + r['affine']) / r['visible']:.3f}"]
-        + [str(r[x]) for x in (*names, "threadgroup_bytes")]
-        + [f"{r['error']:.1e}"]
-        for r in rows
+def times_cells(r: dict[str, Any]) -> list[str]:
+    return [
+        r["kernel"],
+        str(r["context"]),
+        f"{r['kernel_ms']:.3f}",
+        f"{r['ops_ms']:.3f}",
+        spread(r["faster"]),
+        f"{r['gb_s']:.1f}",
+        f"{r['copy_gb_s']:.1f}",
+        f"{r['gflops']:.0f}",
+        f"{r['error']:.1e}",
     ]
-    return (
-        "Exact counts of one layer's attention, executed on the CPU: no times\n\n"
-        + table(head, lines)
-        + "\nVisible: keys and values that the queries see, once a KV head in decode, once for 32 "
-        "rows of a\nhead in prefill. Barriers: passed by whole threadgroups. " + ERROR
+
+
+def counts_table() -> Table:
+    return Table(
+        "Exact counts of one layer's attention, executed on the CPU: no times. Visible: bytes of\n"
+        "keys and values that the queries see, once a KV head in decode, once for 32 rows of a\n"
+        "head in prefill. Barriers: passed by whole threadgroups.\n" + ERROR,
+        [
+            ("kernel", 16),
+            ("context,\ntokens", 9),
+            ("visible", 10),
+            ("loaded /\nvisible", 9),
+            ("launches", 9),
+            ("thread-\ngroups", 8),
+            ("barriers", 9),
+            ("matrix\nloads", 8),
+            ("matrix\nproducts", 9),
+            ("error", 9),
+        ],
     )
 
 
-def instrument():
-    """tests/metal_cpu of the clone that this file lies in. SystemExit if it cannot be run."""
-    root = Path(__file__).resolve().parents[2]
-    needs = "kernels: no Metal device here; needed is a Mac, or a clone of the project with clang"
-    if not (root / "tests" / "metal_cpu" / "__init__.py").is_file():
-        raise SystemExit(f"{needs}: {root / 'tests' / 'metal_cpu'} not found")
-    sys.path.insert(0, str(root))
-    # Not a dependency of the package, but a part of the clone.
-    metal_cpu = importlib.import_module("tests.metal_cpu")
-    if not metal_cpu.available():
-        raise SystemExit(f"{needs}: {metal_cpu.unavailable()}")
-    return metal_cpu
+def counts_cells(r: dict[str, Any]) -> list[str]:
+    names = ("launches", "threadgroups", "barriers", "matrix_loads", "matrix_multiplies")
+    return [
+        r["kernel"],
+        str(r["context"]),
+        size(r["visible"]),
+        f"{(r['keys'] + r['values'] + r['affine']) / r['visible']:.3f}",
+        *(str(r[name]) for name in names),
+        f"{r['error']:.1e}",
+    ]
 
 
-def run(args: ModelArgs, contexts: Sequence[int], dtype: mx.Dtype, steps: int, turns: int):
-    """Measure or count all kernels at these contexts. Returns (table as text, its rows)."""
-    if mx.metal.is_available() and mx.default_device() == mx.gpu:
-        some = cases(args, contexts, dtype, LAYERS, ROWS)
-        rows = [measure(case, steps, turns) for case in tqdm(some, disable=None)]
-        return times_report(rows), rows
-    with instrument().running(reload=[kernels]) as log:
-        some = cases(args, contexts, dtype, 1, COUNTED_ROWS)
-        rows = [count(case, log) for case in tqdm(some, disable=None)]
-    return counts_report(rows), rows
+def on_metal() -> bool:
+    return mx.metal.is_available() and mx.default_device() == mx.gpu
+
+
+def check_device(instrument: Any):
+    """Raises KSAError if there is neither Metal nor an instrument that runs."""
+    if on_metal():
+        return
+    needs = "--kernels: no Metal device here; expected a Mac"
+    if instrument is None:
+        raise KSAError(
+            f"{needs}. In a clone with clang, python -m tests.count_kernels counts what they do"
+        )
+    if not instrument.available():
+        raise KSAError(f"{needs}, or what executes kernels on a CPU: {instrument.unavailable()}")
+
+
+def run(
+    args: ModelArgs,
+    contexts: Sequence[int],
+    dtype: mx.Dtype,
+    steps: int,
+    turns: int,
+    results: Results,
+    instrument: Any = None,
+):
+    """Measure or count all kernels at these contexts: lines printed, rows added to the results.
+
+    Args:
+        args: the shape.
+        contexts: tokens.
+        dtype: of queries and plain caches.
+        steps: turns of decode.
+        turns: turns of prefill.
+        results: gets a row a kernel and context, as "kernels".
+        instrument: without Metal, what executes kernels, as tests/metal_cpu does.
+    """
+    if on_metal():
+        table = times_table()
+        for case in cases(args, contexts, dtype, LAYERS, ROWS):
+            row = measure(case, steps, turns)
+            results.add("kernels", row)
+            table.add(*times_cells(row))
+        return
+    table = counts_table()
+    with instrument.running(reload=[kernels]) as log:
+        for case in cases(args, contexts, dtype, 1, COUNTED_ROWS):
+            with bar(f"executing {case.name} at {case.context} tokens"):
+                row = count(case, log)
+            results.add("kernels", row)
+            table.add(*counts_cells(row))

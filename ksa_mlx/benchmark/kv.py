@@ -1,4 +1,4 @@
-"""What quantised KV saves and costs in decode: `python -m ksa_mlx.benchmark --kv-bits 8 4`."""
+"""What quantised KV saves and costs in decode."""
 
 from typing import Any
 
@@ -6,15 +6,18 @@ import mlx.core as mx
 import numpy as np
 
 from ..cache.rolling import make_cache
-from .__main__ import filled, in_turns, ratio, size, spread, table
+from .models import filled
+from .timing import Table, bar, in_turns, ratio, size, spread
+
+WARMUP = 3
 
 
-def run(ksa, n: int, steps: int, dtype: mx.Dtype, widths: list[int]) -> dict[str, Any]:
+def measure(ksa, n: int, steps: int, dtype: mx.Dtype, widths: list[int]) -> dict[str, Any]:
     """Decode steps after n tokens, on plain and on quantised caches: bytes held, peak, time.
 
     A width is that of all keys and values; "4, text 8" is 4 bits but for the windows' text.
     """
-    ways = {"plain": None, **{str(bits): (bits, None) for bits in widths}}
+    ways: dict[str, Any] = {"plain": None, **{str(bits): (bits, None) for bits in widths}}
     if 4 in widths:
         ways["4, text 8"] = 4, 8
     token, held, peak = mx.array([[7]]), {}, {}
@@ -28,18 +31,21 @@ def run(ksa, n: int, steps: int, dtype: mx.Dtype, widths: list[int]) -> dict[str
                 mx.eval(made[i].state)
         return made
 
-    for name, way in ways.items():
-        cache = caches(*(way or ()))
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        for _ in range(10):
-            mx.eval(ksa(token, cache=cache))
-        held[name], peak[name] = sum(c.nbytes for c in cache), mx.get_peak_memory()
-        del cache
+    with bar(f"memory of decode after {n} tokens", len(ways)) as tick:
+        for name, way in ways.items():
+            cache = caches(*(way or ()))
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            for _ in range(10):
+                mx.eval(ksa(token, cache=cache))
+            held[name], peak[name] = sum(c.nbytes for c in cache), mx.get_peak_memory()
+            del cache
+            tick()
 
     alive = {name: caches(*(way or ())) for name, way in ways.items()}
     steps_of = {name: lambda c=cache: mx.eval(ksa(token, cache=c)) for name, cache in alive.items()}
-    seconds = in_turns(steps_of, steps)
+    with bar(f"decode after {n} tokens", WARMUP + steps) as tick:
+        seconds = in_turns(steps_of, steps, WARMUP, tick)
     return {
         "context": n,
         "kv_bytes": held,
@@ -49,12 +55,30 @@ def run(ksa, n: int, steps: int, dtype: mx.Dtype, widths: list[int]) -> dict[str
     }
 
 
-def report(results: list[dict[str, Any]]) -> str:
-    rows = [
-        [str(r["context"]), name, size(r["kv_bytes"][name]), size(r["peak_bytes"][name])]
-        + [f"{r['median_ms'][name]:.2f}", spread(r["speedup"][name])]
-        for r in results
+def table() -> Table:
+    return Table(
+        "Decode on quantised caches. The peak of memory includes the weights; ratios of times are\n"
+        "medians over turns, with quartiles.",
+        [
+            ("context,\ntokens", 9),
+            ("bits", 11),
+            ("KV cache", 11),
+            ("peak of\nmemory", 11),
+            ("ms a\ntoken", 9),
+            ("plain / this", 19),
+        ],
+    )
+
+
+def lines(r: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            str(r["context"]),
+            name,
+            size(r["kv_bytes"][name]),
+            size(r["peak_bytes"][name]),
+            f"{r['median_ms'][name]:.2f}",
+            spread(r["speedup"][name]),
+        ]
         for name in r["kv_bytes"]
     ]
-    head = ["context", "bits", "KV", "peak memory", "ms a token", "faster than plain"]
-    return "Decode on quantised caches; the peak includes the weights\n\n" + table(head, rows)
