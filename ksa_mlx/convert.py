@@ -1,4 +1,4 @@
-"""Convert a KSA checkpoint (the Hub's layout, or Muse's) to MLX.
+"""Convert a KSA checkpoint (the Hub's layout, or that of Kuaishou's Muse) to MLX.
 
 One tensor is read, checked, cast, quantised and handed to a shard at a time, so that about one
 output shard is in memory. All is written to a folder beside the destination, which is renamed
@@ -9,7 +9,8 @@ import argparse
 import json
 import shutil
 import sys
-from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from mlx_lm.convert import (
-    MODEL_CONVERSION_DTYPES,
-    configure_parser,
-    mixed_quant_predicate_builder,
-)
-from tqdm import tqdm
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from mlx_lm.convert import configure_parser, mixed_quant_predicate_builder
 
-from .checkpoint.load import check_is_ksa, fetch, load_model, model_args
-from .checkpoint.muse import is_muse, muse_plan, to_hub_config
-from .checkpoint.tensors import Checkpoint, find_config, open_checkpoint, read_json
-from .checkpoint.write import ShardWriter, workspace
-from .config import MODEL_TYPE
-from .errors import CheckpointError, ConfigError, one_line
+from .checkpoint.described import Described, describe, quantization
+from .checkpoint.source import Source, open_source, read_json
+from .checkpoint.stop import add_end_of_turn, load_tokenizer, stop_ids
+from .checkpoint.tensors import Checkpoint, Dequantized, open_checkpoint
+from .checkpoint.write import ShardWriter, dropped, workspace, write_weights
+from .config import MODEL_TYPE, ModelArgs
+from .errors import CheckpointError, ConfigError, KSAError, in_file, one_line
 from .model import Model
 from .stock.register import MODEL_FILE
-from .weights import Plan, announced, hub_plan, mlx_plan
+from .weights import expected_shapes
 
 # What is copied as it is. Upstream's Python files are not among them: nothing here runs them.
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -41,88 +40,18 @@ COPIED = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     *("chat_template.json", "*.jinja", "generation_config.json", "LICENSE*", "NOTICE*"),
 )
+# Group size and bits that a mode of MLX's has unless told otherwise.
+MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 
 
-def read_source(path: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    """The checkpoint's config as it is and as a KSA config, checked, and its file."""
-    file = find_config(path)
-    raw = read_json(file)
-    check_is_ksa(raw, file)
-    try:
-        return raw, to_hub_config(raw) if is_muse(raw) else dict(raw), file
-    except ConfigError as e:
-        raise CheckpointError(f"{file}: {e}") from None
+@dataclass(frozen=True)
+class Quantization:
+    """How to quantise: a mode of MLX's with its sizes, or a recipe of mlx-lm's."""
 
-
-def write_weights(
-    source: Checkpoint,
-    plan: Plan,
-    writer: ShardWriter,
-    dtype: mx.Dtype | None,
-    quantized: dict[str, nn.Module],
-):
-    """Read every tensor that the plan uses, check it, cast it, quantise it and write it."""
-    made_of = defaultdict(list)
-    for name, part in plan.parts.items():
-        made_of[part.source].append(name)
-    bar = tqdm(
-        total=sum(source.tensors[n].nbytes for n in made_of),
-        desc="Converting",
-        unit="B",
-        unit_scale=True,
-    )
-
-    def check_finite(array: mx.array, origin: str, why: str):
-        if not mx.isfinite(array).all().item():
-            raise CheckpointError(f"{source.tensors[origin].file}: {origin}: {why}")
-
-    def write(name: str, array: mx.array):
-        writer.parameters += array.size
-        path = name.removesuffix(".weight")
-        if path not in quantized:
-            mx.eval(array)
-            writer.add(name, array)
-            return
-        layer = quantized[path]
-        arrays = mx.quantize(array, group_size=layer.group_size, bits=layer.bits, mode=layer.mode)
-        mx.eval(arrays)
-        for end, part in zip(("weight", "scales", "biases"), arrays):
-            writer.add(f"{path}.{end}", part)
-
-    with bar:
-        for origin in (n for n in source.tensors if n in made_of):
-            tensor = source.read(origin)
-            for name in made_of[origin]:
-                array = plan.parts[name].of(tensor)
-                check_finite(array, origin, "found NaN or Inf")
-                if dtype is not None and dtype != array.dtype:
-                    array = array.astype(dtype)
-                    check_finite(array, origin, f"too large for {dtype}")
-                write(name, array)
-                del array
-            del tensor
-            bar.update(source.tensors[origin].nbytes)
-        for name, shape in plan.zeros.items():
-            write(name, mx.zeros(shape, dtype or mx.float32))
-
-
-def dropped(source: Checkpoint, plan: Plan) -> dict[str, tuple[int, int]]:
-    """Parameters and bytes that the converted model leaves out, by reason."""
-    total: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    used = defaultdict(int)
-    for part in plan.parts.values():
-        rows = part.rows or (0, plan.source[part.source][0])
-        used[part.source] += rows[1] - rows[0]
-    for name, tensor in source.tensors.items():
-        if name in plan.dead:
-            why, size = plan.dead[name][1], tensor.size
-        else:
-            why, rows = "padding rows", tensor.shape[0] - used[name]
-            size = rows * tensor.size // tensor.shape[0]
-        if size:
-            total[why][0] += size
-            total[why][1] += size * tensor.nbytes // tensor.size
-    return {why: (n, b) for why, (n, b) in total.items()}
+    mode: str
+    group_size: int
+    bits: int
+    recipe: str | None = None
 
 
 def convert(
@@ -131,7 +60,7 @@ def convert(
     quantize: bool = False,
     q_group_size: int | None = None,
     q_bits: int | None = None,
-    q_mode: str = "affine",
+    q_mode: str | None = None,
     dtype: str | None = None,
     upload_repo: str | None = None,
     revision: str | None = None,
@@ -139,152 +68,181 @@ def convert(
     quant_predicate: str | None = None,
     trust_remote_code: bool = False,
     max_shard_bytes: int = mlx_lm.utils.MAX_FILE_SIZE_GB << 30,
+    report: Callable[[str], Any] | None = None,
 ):
-    """Convert a KSA checkpoint; arguments as `mlx_lm.convert`'s.
+    """Convert a KSA checkpoint; arguments as `mlx_lm.convert`'s, and:
 
-    Args:
-        hf_path: a Hub id; a folder in the Hub's layout (safetensors or `pytorch_model*.bin`);
-            a Muse folder or state dict with its `config.json`; or a converted folder, to
-            quantise, dequantise or cast it.
-        trust_remote_code: keep the tokenizer's own Python files, which load with this flag
-            only; without it no Python file of the checkpoint is copied.
+    `hf_path` is a Hub id; a folder in the Hub's layout (safetensors or `pytorch_model*.bin`); a
+    Muse folder or state dict with its `config.json`; or a converted folder, to quantise,
+    dequantise or cast it. `trust_remote_code` keeps the tokenizer's own Python files, which load
+    with this flag only; without it no Python file of the checkpoint is copied. `report` is
+    called with each line that there is to say; without it nothing is said or shown.
 
     Raises `CheckpointError` (a ValueError) or OSError; then `mlx_path` does not exist.
     """
-    destination = Path(mlx_path).expanduser()
-    if destination.exists() or destination.is_symlink():
-        raise CheckpointError(f"{destination}: exists already; name a new folder")
+    wanted = _wanted(quantize, q_group_size, q_bits, q_mode, quant_predicate)
     if quantize and dequantize:
         raise CheckpointError("choose either quantize or dequantize, not both")
-    if quant_predicate and not quantize:
-        raise CheckpointError("--quant-predicate: found without -q")
-    if quant_predicate and q_mode != "affine":
-        raise CheckpointError(f"--q-mode: found {q_mode}, expected affine with --quant-predicate")
-
-    with workspace(destination) as folder:
-        path = fetch(hf_path, revision, ["config.json"])
-        raw, config, file = read_source(path)
-        if not Path(hf_path).expanduser().exists():
-            path = _download_all(hf_path, path.name, trust_remote_code)
-        converted = config.get("model_type") == MODEL_TYPE
-        if converted and not (quantize or dequantize or dtype):
-            raise CheckpointError(
-                f"{path}: converted already; it loads as it is (-q, -d and --dtype change it)"
-            )
-        if dequantize:
-            config, report = _dequantize(path, config, folder)
-        else:
-            config, report = _convert(
-                path, raw, config, file, folder, max_shard_bytes, dtype,
-                {"bits": q_bits, "group_size": q_group_size, "mode": q_mode} if quantize else None,
-                quant_predicate,
-            )  # fmt: skip
-        config = {k: v for k, v in config.items() if k != "auto_map"}
-        config.update(model_type=MODEL_TYPE, model_file=MODEL_FILE)
-        mlx_lm.utils.save_config(config, folder / "config.json")
-        _copy_files(path if path.is_dir() else path.parent, file.parent, folder, trust_remote_code)
-        repo = None if Path(hf_path).expanduser().exists() else hf_path
-        _model_card(path / "README.md", repo, upload_repo).save(folder / "README.md")
-
-    print("\n".join(report))
-    print(f"Wrote {destination}")
+    destination = _new(mlx_path)
     if upload_repo is not None:
-        try:
-            HfApi().create_repo(repo_id=upload_repo, exist_ok=True)
-            HfApi().upload_large_folder(
-                folder_path=destination, repo_id=upload_repo, repo_type="model"
-            )
-        except Exception as e:  # the network's and the client's many ways to fail
+        check_upload(upload_repo)
+    say = report or (lambda line: None)
+    with workspace(destination) as folder:
+        source = open_source(hf_path, revision, python=trust_remote_code, pickles=True)
+        if source.kind == "mlx" and not (wanted or dequantize or dtype):
             raise CheckpointError(
-                f"{upload_repo}: not uploaded ({one_line(e)}); {destination} is whole"
-            ) from None
-        print(f"Uploaded to {upload_repo}")
+                f"{source.path}: converted already; it loads as it is "
+                "(-q, -d and --dtype change it)"
+            )
+        original, checkpoint = source, open_checkpoint(source.path)
+        if dequantize:
+            source, checkpoint = _dequantized(source, checkpoint)
+        elif packed := source.config.get("quantization") or source.config.get(
+            "quantization_config"
+        ):
+            first = "; -d makes one" if source.kind == "mlx" else ""
+            with in_file(source.config_file):
+                raise ConfigError("quantization", packed, f"an unquantised checkpoint{first}")
+        described = describe(source, checkpoint)
+        writer = ShardWriter(folder, max_shard_bytes)
+        config, lines = _write(checkpoint, described, writer, dtype, wanted, report is None)
+        lines = [*described.notes, *lines, *_copy_files(original, folder, trust_remote_code)]
+        lines += _stop_at_turns(original, config, folder)
+        mlx_lm.utils.save_config(config, folder / "config.json")
+        _model_card(original, upload_repo).save(folder / "README.md")
+    for line in (*lines, f"Wrote {destination}"):
+        say(line)
+    if upload_repo is not None:
+        upload(destination, upload_repo)
+        say(f"Uploaded to {upload_repo}")
 
 
-def _download_all(repo: str, revision: str, python: bool) -> Path:
-    patterns = ["model*.safetensors", "*.json", "README.md", *COPIED, *(["*.py"] if python else [])]
-    path = fetch(repo, revision, patterns)
-    if not any(path.glob("model*.safetensors")):
-        path = fetch(repo, revision, [*patterns, "pytorch_model*.bin"])
-    return path
+def _wanted(quantize, group_size, bits, mode, recipe) -> Quantization | None:
+    """The quantisation that the flags ask for. Raises where one of them would have no effect."""
+    flags = {"--q-group-size": group_size, "--q-bits": bits, "--q-mode": mode}
+    flags["--quant-predicate"] = recipe
+    for name, value in flags.items():
+        if value is None:
+            continue
+        if not quantize:
+            raise CheckpointError(f"{name}: found without -q, which it is about")
+        if name in ("--q-group-size", "--q-bits") and value < 1:
+            raise CheckpointError(f"{name}: found {value}, expected at least 1")
+    if not quantize:
+        return None
+    if recipe and mode not in (None, "affine"):
+        raise CheckpointError(f"--q-mode: found {mode}, expected affine with --quant-predicate")
+    if recipe and bits is not None:
+        raise CheckpointError("--q-bits: found with --quant-predicate, which says the bits")
+    mode = mode or "affine"
+    if mode not in MODES:
+        raise CheckpointError(f"--q-mode: found {mode}, expected one of {', '.join(MODES)}")
+    return Quantization(mode, group_size or MODES[mode][0], bits or MODES[mode][1], recipe)
 
 
-def _convert(path, raw, config, file, folder, limit, dtype, quantization, recipe):
-    """Write the weights of a checkpoint; returns the config and what there is to say."""
-    if "quantization" in config or "quantization_config" in config:
-        raise CheckpointError(f"{file}: found a quantised checkpoint, expected an unquantised one")
-    source = open_checkpoint(path)
-    config = announced(config, source.tensors)
-    config["model_type"] = MODEL_TYPE
-    args = model_args(config, file)
-    if is_muse(raw):
-        plan = muse_plan(args, raw)
-    else:
-        plan = hub_plan(args) if raw.get("model_type") != MODEL_TYPE else mlx_plan(args)
-    try:
-        plan.check(source.shapes())
-    except CheckpointError as e:
-        raise CheckpointError(f"{path}: {e}") from None
-    source.check_dtypes(plan.source)
+def _new(path: str) -> Path:
+    destination = Path(path).expanduser()
+    if not str(path):
+        raise CheckpointError("--mlx-path: found '', expected the name of a new folder")
+    if destination.exists() or destination.is_symlink():
+        raise CheckpointError(f"{destination}: exists already; name a new folder")
+    return destination
 
+
+def _dequantized(source: Source, checkpoint: Checkpoint) -> tuple[Source, Checkpoint]:
+    """The checkpoint that a quantised one stands for."""
+    with in_file(source.config_file):
+        settings = quantization(source.config)
+        if settings is None:
+            raise CheckpointError(f"{source.path}: not quantised, there is nothing to dequantise")
+        config = {k: v for k, v in source.config.items() if not k.startswith("quantization")}
+        shapes = expected_shapes(ModelArgs.from_dict(config))
+    return replace(source, config=config), Dequantized(checkpoint, settings, shapes)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    described: Described,
+    writer: ShardWriter,
+    dtype: str | None,
+    wanted: Quantization | None,
+    quiet: bool,
+) -> tuple[dict[str, Any], list[str]]:
+    """Write the weights; returns the config that goes with them, and what there is to say."""
+    plan, lines = described.plan, []
+    checkpoint.check_dtypes(plan.source)
     # As in mlx-lm: the config's own dtype, unless told otherwise.
-    dtype = dtype or config.get("torch_dtype") or config.get("dtype")
-    dtype = dtype if dtype in MODEL_CONVERSION_DTYPES else None
+    dtype = dtype or described.config.get("torch_dtype")
+    config = {k: v for k, v in described.config.items() if k != "auto_map"}
+    config.update(model_type=MODEL_TYPE, model_file=MODEL_FILE)
     if dtype:
         config["torch_dtype"] = dtype
-        config.pop("dtype", None)  # transformers 5's name for the same
-    model = Model(args)  # lazy: its weights are never computed
     quantized: dict[str, nn.Module] = {}
-    if quantization:
-        quantized, config = _quantization(model, config, quantization, recipe)
-
-    writer = ShardWriter(folder, limit)
-    write_weights(source, plan, writer, getattr(mx, dtype) if dtype else None, quantized)
+    if wanted:
+        quantized, config["quantization"], left = _layers(described.args, wanted)
+        config["quantization_config"] = config["quantization"]
+        if left:
+            lines.append(
+                f"Left {left} layers unquantised: no multiples of a group of {wanted.group_size}"
+            )
+    write_weights(checkpoint, plan, writer, getattr(mx, dtype) if dtype else None, quantized, quiet)
     writer.finish()
-    report = [
+    lines += [
         f"Dropped {n:,} parameters ({nbytes / 1e6:,.1f} MB): {why}"
-        for why, (n, nbytes) in dropped(source, plan).items()
+        for why, (n, nbytes) in dropped(checkpoint, plan).items()
     ]
-    report.append(
-        f"Kept {writer.parameters:,} parameters, {writer.nbytes / 1e6:,.1f} MB in "
-        f"{len(writer.files)} file{'s' * (len(writer.files) > 1)}"
+    bits = f", {writer.nbytes * 8 / writer.parameters:.3f} bits a weight" if wanted else ""
+    files = f"{len(writer.files)} file{'s' * (len(writer.files) > 1)}"
+    lines.append(
+        f"Kept {writer.parameters:,} parameters, {writer.nbytes / 1e6:,.1f} MB in {files}{bits}"
     )
-    return config, report
+    return config, lines
 
 
-def _quantization(model: Model, config, quantization, recipe):
-    """Which layers of the model mlx-lm would quantise, and how; and the config that says so."""
-    predicate = None
-    if recipe:
-        predicate = mixed_quant_predicate_builder(recipe, model, quantization["group_size"] or 64)
+def _layers(
+    args: ModelArgs, wanted: Quantization
+) -> tuple[dict[str, nn.Module], dict[str, Any], int]:
+    """Which layers to quantise, and how, as `mlx_lm.utils.quantize_model` does; the config's
+    `quantization`; and how many layers are of no fitting width."""
+    model = Model(args)  # lazy: its weights are never computed
+    settings: dict[str, Any] = {
+        "group_size": wanted.group_size,
+        "bits": wanted.bits,
+        "mode": wanted.mode,
+    }
+    recipe: Any = None
+    if wanted.recipe:
+        recipe = mixed_quant_predicate_builder(wanted.recipe, model, wanted.group_size)
+    left = 0
+
+    def how(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        nonlocal left
+        if not hasattr(module, "to_quantized"):
+            return False
+        if module.weight.shape[-1] % wanted.group_size:
+            left += 1
+            return False
+        choice = recipe(path, module) if recipe else True
+        if isinstance(choice, dict):
+            settings[path] = choice
+        return choice
+
     try:
-        model, config = mlx_lm.utils.quantize_model(
-            model, config, **quantization, quant_predicate=predicate
-        )
+        nn.quantize(model, wanted.group_size, wanted.bits, mode=wanted.mode, class_predicate=how)
     except ValueError as e:
         raise CheckpointError(f"-q: {one_line(e)}") from None
     layers = {path: m for path, m in model.named_modules() if hasattr(m, "bits")}
     if not layers:
-        size = config["quantization"]["group_size"]
-        raise CheckpointError(f"--q-group-size: found {size}, expected a divisor of hidden_size")
-    return layers, config
+        raise CheckpointError(
+            f"--q-group-size: found {wanted.group_size}, expected a divisor of hidden_size"
+        )
+    return layers, settings, left
 
 
-def _dequantize(path: Path, config, folder: Path):
-    if "quantization" not in config:
-        raise CheckpointError(f"{path}: not quantised, there is nothing to dequantise")
-    model, config = load_model(path, lazy=True)
-    for name in ("quantization", "quantization_config"):
-        config.pop(name, None)
-    model = mlx_lm.utils.dequantize_model(model)
-    mlx_lm.utils.save_model(folder, model, donate_model=True)
-    return config, ["Dequantised the weights"]
-
-
-def _copy_files(source: Path, beside_config: Path, folder: Path, python: bool):
+def _copy_files(source: Source, folder: Path, python: bool) -> list[str]:
     """The tokenizer and its like, and the file through which mlx-lm finds the model."""
-    for place in dict.fromkeys((beside_config, source)):
-        patterns = COPIED
+    for place in dict.fromkeys((source.config_file.parent, source.folder)):
+        patterns: tuple[str, ...] = COPIED
         if python and (place / "tokenizer_config.json").is_file():
             named = read_json(place / "tokenizer_config.json").get("auto_map") or {}
             named = json.dumps(named)
@@ -293,24 +251,49 @@ def _copy_files(source: Path, beside_config: Path, folder: Path, python: bool):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
     shutil.copyfile(Path(__file__).parent / "stock" / "model_file.py", folder / MODEL_FILE)
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER):
-        print(f"warning: {source}: no tokenizer; converting without one", file=sys.stderr)
+    if any(any(folder.glob(pattern)) for pattern in TOKENIZER):
+        return []
+    return [f"warning: {source.folder}: no tokenizer; converted without one"]
 
 
-def _model_card(readme: Path, repo: str | None, upload_repo: str | None) -> ModelCard:
+def _stop_at_turns(source: Source, config: dict[str, Any], folder: Path) -> list[str]:
+    """Add the token with which the chat template ends a turn to the end tokens of the config,
+    and of the generation config that was copied to `folder`; returns what there is to say."""
+    ids = stop_ids(source)
+    if not (folder / "tokenizer_config.json").is_file():
+        return []
+    try:
+        tokenizer = load_tokenizer(folder)
+    except Exception as e:  # transformers says "no tokenizer" in many ways
+        return [f"warning: {source.folder}: no tokenizer that loads ({one_line(e)})"]
+    stops = {"eos_token_id": ids}
+    added = add_end_of_turn(stops, tokenizer)
+    if added:
+        config.update(stops)
+        generation = folder / "generation_config.json"
+        if generation.is_file():
+            generation.write_text(json.dumps({**read_json(generation), **stops}, indent=4))
+    return [
+        f"Added {token} ({i}) to eos_token_id: the chat template ends a turn with it"
+        for i, token in added.items()
+    ]
+
+
+def _model_card(source: Source, upload_repo: str | None) -> ModelCard:
     """A README with the metadata of the source's, as mlx-lm makes it, and how to use this."""
     try:
-        card = ModelCard.load(readme)
+        card = ModelCard.load(source.folder / "README.md")
     except Exception:  # no README, or none with metadata: it is not worth a failure
         card = ModelCard.from_template(ModelCardData())
     card.data.library_name, card.data.pipeline_tag = "mlx", "text-generation"
     card.data.tags = [*(t for t in card.data.tags or [] if t != "mlx"), "mlx"]
-    if repo:
-        card.data.base_model = repo
+    if source.repo:
+        card.data.base_model = source.repo
     card.text = f"""
-# {upload_repo or f"{repo or readme.parent.name}, converted to MLX"}
+# {upload_repo or f"{source.repo or source.folder.name}, converted to MLX"}
 
-A model with Kwai Summary Attention, in MLX's format, for ksa-mlx (`pip install ksa-mlx`):
+A model with Kwai Summary Attention, in MLX's format, for ksa-mlx (in a clone of its repository:
+`pip install .`):
 
 ```python
 import ksa_mlx, mlx_lm
@@ -320,6 +303,35 @@ print(mlx_lm.generate(model, tokenizer, prompt="Hello", verbose=True))
 ```
 """
     return card
+
+
+def check_upload(repo: str):
+    """Raise `CheckpointError` unless this user can upload to a Hub repo of that name."""
+    try:
+        validate_repo_id(repo)
+        user = HfApi().whoami()
+    except HFValidationError as e:
+        why = one_line(e)
+    except LocalTokenNotFoundError:
+        why = "not logged in on the Hub; log in with `hf auth login`"
+    except Exception as e:  # the network's and the client's many ways to fail
+        why = f"the Hub does not let us in ({one_line(e)})"
+    else:
+        places = [user["name"], *(org["name"] for org in user.get("orgs", []))]
+        place = repo.rpartition("/")[0] or user["name"]
+        if place in places:
+            return
+        why = f"found the namespace {place}, expected one of yours ({', '.join(places)})"
+    raise CheckpointError(f"--upload-repo: {repo}: {why}")
+
+
+def upload(folder: Path, repo: str):
+    """Upload a converted folder. Raises `CheckpointError`; the folder stays."""
+    try:
+        HfApi().create_repo(repo_id=repo, exist_ok=True)
+        HfApi().upload_folder(folder_path=folder, repo_id=repo)
+    except Exception as e:  # the network's and the client's many ways to fail
+        raise CheckpointError(f"{repo}: not uploaded ({one_line(e)}); {folder} is whole") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -337,15 +349,16 @@ def main(argv: list[str] | None = None) -> int:
         help="Keep the tokenizer's own Python files.",
         action="store_true",
     )
+    parser.set_defaults(q_mode=None)  # so that one without -q is seen
     args = parser.parse_args(argv)
     if not args.hf_path:
         parser.error("--hf-path is required")
     try:
-        convert(**vars(args))
+        convert(**vars(args), report=print)
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except (CheckpointError, ConfigError) as e:
+    except KSAError as e:
         print(f"error: {e}", file=sys.stderr)
     except OSError as e:
         print(f"error: {e.filename or args.mlx_path}: {e.strerror or one_line(e)}", file=sys.stderr)

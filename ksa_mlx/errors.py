@@ -1,5 +1,8 @@
 """Every error that this package raises for what a user hands in, and how one is printed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -20,6 +23,15 @@ class ConfigError(KSAError):
 
 class CheckpointError(KSAError):
     """A checkpoint that cannot be used."""
+
+
+@contextmanager
+def in_file(file: Path) -> Iterator[None]:
+    """Name the file in the `ConfigError` of a block, which becomes a `CheckpointError`."""
+    try:
+        yield
+    except ConfigError as e:
+        raise CheckpointError(f"{file}: {e}") from None
 
 
 class SessionError(KSAError):

@@ -21,8 +21,8 @@ from .chat.prompt_cache_file import cache_owner, is_conversation
 from .chat.report import report
 from .chat.session import Session, answer_behind
 from .chat.terminal import chat, read_ahead, references_shown, turn
-from .checkpoint.load import fetch, load
-from .checkpoint.tensors import read_json
+from .checkpoint.load import load
+from .checkpoint.source import fetch, read_json
 from .config import is_ksa
 from .errors import KSAError, SessionError, one_line
 

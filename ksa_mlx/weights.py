@@ -17,6 +17,8 @@ Shape = tuple[int, ...]
 EMBED = "model.embed_tokens.weight"
 SUMMARY = "model.summary_embedding"
 HEAD = "lm_head.weight"
+# Why a checkpoint's head may be left out.
+TIED = "a head that is tied to the embedding"
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ class Plan:
     def check(self, found: Mapping[str, Shape]):
         """Raise `CheckpointError` unless the tensors found are the ones expected."""
         missing = [n for n in self.source if n not in found]
-        if missing:
-            raise CheckpointError(f"missing weights: {some(missing)}")
         extra = [n for n in found if n not in self.source and n not in self.dead]
+        if missing:
+            instead = f"; found {some(extra)} instead" if extra else ""
+            raise CheckpointError(f"missing weights: {some(missing)}{instead}")
         if extra:
             raise CheckpointError(f"weights that this model does not have: {some(extra)}")
         for name, shape in found.items():
@@ -150,7 +153,7 @@ def hub_plan(args: ModelArgs) -> Plan:
     plan.dead["model.rotary_emb.inv_freq"] = None, "RoPE tables"
     plan.take("model.norm.weight", "model.norm.weight", (args.hidden_size,))
     if args.tie_word_embeddings:
-        plan.dead[HEAD] = None, "a head that is tied to the embedding"
+        plan.dead[HEAD] = None, TIED
     else:
         plan.take(HEAD, HEAD, table, (0, begin))
     return plan

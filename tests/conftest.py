@@ -1,6 +1,3 @@
-import contextlib
-import io
-
 import pytest
 
 from ksa_mlx.chat import notebook
@@ -18,7 +15,6 @@ def pytest_configure(config):
 def notebook_models(tmp_path_factory):
     """Folders of the embedded model in float32, and of a coarse 3-bit copy as its draft."""
     model, draft = (tmp_path_factory.mktemp("notebook") / name for name in ("model", "draft"))
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        convert(str(notebook.CHECKPOINT), str(model), dtype="float32")
-        convert(str(model), str(draft), quantize=True, q_bits=3, q_group_size=32)
+    convert(str(notebook.CHECKPOINT), str(model), dtype="float32")
+    convert(str(model), str(draft), quantize=True, q_bits=3, q_group_size=32)
     return model, draft

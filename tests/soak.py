@@ -10,8 +10,6 @@ an answer differs, a request fails or the server's resident memory grows.
 """
 
 import argparse
-import contextlib
-import io
 import random
 import sys
 import tempfile
@@ -29,16 +27,11 @@ from ksa_mlx.convert import convert
 from ._server import OURS, STOCK, serving
 
 
-def quiet_convert(*args, **kwargs):
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        convert(*args, **kwargs)
-
-
 def make_models(folder: Path) -> tuple[Path, Path]:
     """The notebook model in float32, and a coarse 3-bit copy of it as its draft."""
     model, draft = folder / "model", folder / "draft"
-    quiet_convert(str(notebook.CHECKPOINT), str(model), dtype="float32")
-    quiet_convert(str(model), str(draft), quantize=True, q_bits=3, q_group_size=32)
+    convert(str(notebook.CHECKPOINT), str(model), dtype="float32")
+    convert(str(model), str(draft), quantize=True, q_bits=3, q_group_size=32)
     return model, draft
 
 

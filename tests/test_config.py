@@ -181,7 +181,7 @@ def test_muse_blend():
     assert mix(mix_coeff=0.25, summary_mix_qkv=True) == (True, 0.25)
     assert mix(summary_independent_parameters=False) == (False, 0)
     assert mix(summary_independent_parameters=False, summary_independent_qkv=True) == (True, 1.0)
-    with pytest.raises(ConfigError, match="mix_coeff: found None.*step 30"):
+    with pytest.raises(ConfigError, match=r"mix_coeff: found None.*step 30"):
         mix(summary_mix_qkv=True, summary_mix_end_iter=30)
 
 

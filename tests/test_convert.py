@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from unittest.mock import create_autospec
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
@@ -63,7 +66,15 @@ def test_report_says_what_was_dropped(tmp_path, capsys):
     # 4 layers of (128 + 64 + 64) x 64 in float32.
     assert "Dropped 65,536 parameters (0.3 MB): summary projections, unused at mix_coeff 0" in out
     assert "Kept 203,648 parameters" in out
-    assert "no tokenizer" in err and "Converting" in err
+    assert "no tokenizer" in out and "Converting" in err
+
+
+def test_a_library_call_is_quiet(tmp_path, capfd):
+    convert_function(str(HYBRID), str(tmp_path / "mlx"))
+    assert capfd.readouterr() == ("", "")
+    lines = []
+    convert_function(str(HYBRID), str(tmp_path / "q"), quantize=True, report=lines.append)
+    assert lines[-1] == f"Wrote {tmp_path / 'q'}" and capfd.readouterr().out == ""
 
 
 def test_released_model_drops_566_million(tmp_path):
@@ -139,7 +150,10 @@ def test_quantised_as_mlx_lm_does(flags, tmp_path):
     assert convert(HYBRID, tmp_path / "mlx") == 0
     add_tokenizer(tmp_path / "mlx")
     assert convert(HYBRID, tmp_path / "ours", "-q", *flags) == 0
-    options = {name[2:].replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2])}
+    options = {
+        name[2:].replace("-", "_"): value
+        for name, value in zip(flags[::2], flags[1::2], strict=True)
+    }
     for name in {"q_bits", "q_group_size"} & options.keys():
         options[name] = int(options[name])
     if "quant_predicate" in options:
@@ -162,7 +176,8 @@ def test_converted_again(tmp_path, capsys):
     assert convert(mlx, tmp_path / "q", "-q") == 0
     assert convert(HYBRID, tmp_path / "direct", "-q") == 0
     assert same_weights(tmp_path / "q", tmp_path / "direct")
-    assert "quantised checkpoint" in refused(capsys, tmp_path / "q", tmp_path / "x", "-q")
+    message = refused(capsys, tmp_path / "q", tmp_path / "x", "-q")
+    assert "an unquantised checkpoint; -d makes one" in message
     assert convert(tmp_path / "q", tmp_path / "d", "-d") == 0
     config = read_config(tmp_path / "d")
     assert "quantization" not in config and config["model_file"] == "ksa_model.py"
@@ -194,24 +209,50 @@ def test_files_that_come_along(tmp_path):
     assert python == {"ksa_model.py", "tokenization_x.py"}
 
 
-def test_upload(tmp_path, monkeypatch, capsys):
-    calls = []
-    monkeypatch.setattr("ksa_mlx.convert.HfApi", lambda: type("Api", (), {
-        "create_repo": lambda self, **kw: calls.append(("create", kw)),
-        "upload_large_folder": lambda self, **kw: calls.append(("upload", kw)),
-    })())  # fmt: skip
-    assert convert(HYBRID, tmp_path / "mlx", "--upload-repo", "me/ksa") == 0
-    assert [c[0] for c in calls] == ["create", "upload"]
-    assert calls[1][1]["repo_id"] == "me/ksa" and calls[1][1]["folder_path"] == tmp_path / "mlx"
-    assert 'load("me/ksa")' in (tmp_path / "mlx" / "README.md").read_text()
+class Uploads:
+    """A Hub to which `me` is logged in; `fails` names a method of HfApi's and what it raises."""
 
-    def fail():
-        raise ConnectionError("no network")
+    def __init__(self, monkeypatch, **fails):
+        self.calls = []
+        api = create_autospec(HfApi, instance=True)
+        api.whoami.return_value = {"name": "me", "orgs": [{"name": "us"}]}
+        for name in ("create_repo", "upload_folder"):
+            call = lambda name=name, **kw: self.calls.append((name, kw))
+            getattr(api, name).side_effect = call
+        for name, error in fails.items():
+            getattr(api, name).side_effect = error
+        monkeypatch.setattr("ksa_mlx.convert.HfApi", lambda: api)
 
-    monkeypatch.setattr("ksa_mlx.convert.HfApi", fail)
-    assert convert(HYBRID, tmp_path / "other", "--upload-repo", "me/ksa") == 1
+
+def test_upload(tmp_path, monkeypatch):
+    hub = Uploads(monkeypatch)
+    for repo in ("me/ksa", "us/ksa", "ksa"):
+        out = tmp_path / repo.replace("/", "-")
+        assert convert(HYBRID, out, "--upload-repo", repo) == 0
+        assert [name for name, _ in hub.calls[-2:]] == ["create_repo", "upload_folder"]
+        assert hub.calls[-1][1] == {"repo_id": repo, "folder_path": out}
+        assert f'load("{repo}")' in (out / "README.md").read_text()
+
+
+def test_upload_that_fails_leaves_the_folder(tmp_path, monkeypatch, capsys):
+    Uploads(monkeypatch, upload_folder=ConnectionError("no network"))
+    assert convert(HYBRID, tmp_path / "mlx", "--upload-repo", "me/ksa") == 1
     assert "error: me/ksa: not uploaded (no network)" in capsys.readouterr().err
-    assert (tmp_path / "other" / WEIGHTS).exists()
+    assert (tmp_path / "mlx" / WEIGHTS).exists()
+
+
+def test_uploads_are_checked_first(tmp_path, monkeypatch, capsys):
+    """Before anything is read: the source does not even exist."""
+    Uploads(monkeypatch)
+    flag = ("--upload-repo", "bad repo name!!")
+    assert "--upload-repo: bad repo name!!: " in refused(
+        capsys, tmp_path / "nope", tmp_path / "mlx", *flag
+    )
+    message = refused(capsys, tmp_path / "nope", tmp_path / "mlx", "--upload-repo", "them/ksa")
+    assert "found the namespace them, expected one of yours (me, us)" in message
+    Uploads(monkeypatch, whoami=LocalTokenNotFoundError("no token"))
+    message = refused(capsys, tmp_path / "nope", tmp_path / "mlx", "--upload-repo", "me/ksa")
+    assert "not logged in" in message
 
 
 # What it must refuse, naming the file and the weight, and leaving nothing behind.
@@ -231,7 +272,7 @@ def test_upload(tmp_path, monkeypatch, capsys):
         (None, {"summary_sliding_chunk_num": "[1]*10**9"}, "summary_sliding_chunk_num"),
         (None, {"use_summary_attention": None}, "a plain qwen3 model, not a KSA model"),
         (None, {"summary_chunk_size": 0}, "config.json: summary_chunk_size: found 0"),
-        (None, {"quantization_config": {"quant_method": "fp8"}}, "quantised checkpoint"),
+        (None, {"quantization_config": {"quant_method": "fp8"}}, "an unquantised checkpoint"),
         (None, {"rope_scaling": {"rope_type": "bent"}}, "rope_scaling"),
         (
             lambda t: t.update({"model.norm.weight": np.arange(64)}),

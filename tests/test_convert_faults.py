@@ -19,7 +19,7 @@ HYBRID = GOLDENS / "hybrid_mix1"
 # Runs a conversion, says "here" at the point named by its first argument, and waits.
 CHILD = """
 import sys, time
-import ksa_mlx.convert, ksa_mlx.save as save
+import ksa_mlx.convert, ksa_mlx.checkpoint.write as save
 
 where, source, destination = sys.argv[1:]
 flush, rename = save.ShardWriter.flush, save.os.rename
@@ -111,12 +111,12 @@ def test_interrupted(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ksa_mlx.save.mx.save_safetensors", interrupt)
+    monkeypatch.setattr("ksa_mlx.checkpoint.write.mx.save_safetensors", interrupt)
     assert convert(HYBRID, tmp_path / "mlx") == 130
     assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_environment_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(ROLLBACK, "some")
-    message = refused(capsys, HYBRID, tmp_path / "mlx")
+    message = refused(capsys, HYBRID, tmp_path / "mlx", "-q")
     assert message == f"error: {ROLLBACK}: found 'some', expected an integer of at least 0"

@@ -12,6 +12,7 @@ import mlx_lm
 import mlx_lm.utils
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from safetensors.numpy import load_file
 
 import ksa_mlx
@@ -141,8 +142,6 @@ def test_stock_command(converted, tmp_path):
 def test_model_config_and_adapter(converted, tmp_path):
     model, _ = ksa_mlx.load_model(converted, model_config={"rollback": 16})
     assert model.args.rollback == 16
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
     parameters = {"rank": 2, "scale": 1.0, "dropout": 0.0}
     linear_to_lora_layers(model, 2, parameters)
     adapter = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}

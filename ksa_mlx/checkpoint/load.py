@@ -1,93 +1,24 @@
 """Loading KSA models: converted folders, unconverted Hub-layout folders, and repo ids."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.tokenizer_utils
 import mlx_lm.utils
-from huggingface_hub.errors import (
-    GatedRepoError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from mlx.utils import tree_map
+from transformers import Qwen3Config
 
-from ..config import MODEL_TYPE, ModelArgs, is_ksa
-from ..errors import CheckpointError, ConfigError, one_line
+from ..errors import CheckpointError, one_line
 from ..model import Model
-from ..weights import announced, hub_plan, mlx_plan
-from .muse import is_muse
-from .tensors import SafetensorsFiles, read_json, shards
+from .described import describe, quantization
+from .source import SAFETENSORS, Source, named_by_index, open_source, weight_files
+from .stop import add_end_of_turn, load_tokenizer, stop_ids
+from .tensors import SafetensorsFiles
 
 CONVERT_FIRST = "convert it first: python convert.py --hf-path {} --mlx-path DST"
-
-
-def fetch(
-    path_or_repo: str | Path,
-    revision: str | None = None,
-    patterns: list[str] | None = None,
-) -> Path:
-    """A local path as it is, or a Hub repo's files (those of `patterns`) on this machine."""
-    path = Path(path_or_repo).expanduser()
-    if path.exists():
-        return path
-    name = str(path_or_repo)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise CheckpointError(f"{name}: no such file or folder")
-    try:
-        path = mlx_lm.utils._download(name, revision=revision, allow_patterns=patterns)
-        if path.is_dir():
-            return path
-        why = f"this repo has no {' and no '.join(patterns or ['files'])}"
-    except GatedRepoError:
-        why = "this repo asks for your consent on the Hub; then log in with `hf auth login`"
-    except RepositoryNotFoundError:
-        why = "no such folder here, and no such repo on the Hub (or it is private)"
-    except RevisionNotFoundError:
-        why = f"this repo has no revision {revision!r}"
-    except Exception as e:  # the network's and the client's many ways to fail
-        why = f"no such folder here, and not to be had from the Hub ({one_line(e)})"
-    raise CheckpointError(f"{name}: {why}")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's `config.json`. Raises `CheckpointError` if it is not a KSA model's."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{folder}: no config.json")
-    config = read_json(file)
-    check_is_ksa(config, file)
-    return config
-
-
-def check_is_ksa(config: dict[str, Any], file: Path):
-    if is_ksa(config):
-        return
-    kind = config.get("model_type") or config.get("model_class") or "unknown"
-    found = config.get("use_summary_attention")
-    raise CheckpointError(
-        f"{file}: a plain {kind} model, not a KSA model (use_summary_attention: found {found}, "
-        "expected true); mlx_lm.load and mlx_lm.convert are for it"
-    )
-
-
-def model_args(config: dict[str, Any], file: Path) -> ModelArgs:
-    """`ModelArgs.from_dict`, with the file's name in its errors."""
-    try:
-        return ModelArgs.from_dict(config)
-    except ConfigError as e:
-        raise CheckpointError(f"{file}: {e}") from None
-
-
-def open_folder(
-    path_or_repo: str | Path, revision: str | None = None
-) -> tuple[Path, dict[str, Any]]:
-    """The folder of a KSA model, downloaded where it is a repo's, and its config."""
-    folder = fetch(path_or_repo, revision, ["config.json"])
-    config = read_config(folder)
-    if not Path(path_or_repo).expanduser().exists():
-        # The commit that the config came from: a snapshot's folder is called after it.
-        folder = fetch(path_or_repo, folder.name)
-    return folder, config
 
 
 def load_model(
@@ -96,7 +27,7 @@ def load_model(
     strict: bool = True,
     model_config: dict[str, Any] | None = None,
     revision: str | None = None,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[Model, dict[str, Any]]:
     """Load a KSA model without its tokenizer.
 
     Args:
@@ -107,48 +38,102 @@ def load_model(
         model_config: fields that override `config.json`, such as `{"rollback": 16}`.
         revision: a branch, tag or commit of the repo.
 
-    Returns the model and its config. Raises `CheckpointError` (a ValueError) of one line.
+    Returns the model and its config, whose `eos_token_id` names all end tokens: those of
+    `generation_config.json` and, in an unconverted folder, the chat template's end of a turn.
+    Raises `CheckpointError` (a ValueError) of one line.
     """
-    folder, config = open_folder(path_or_repo, revision)
-    return _load_model(folder, config, model_config, lazy, strict)
+    source = open_source(path_or_repo, revision)
+    model, config = build(source, model_config, lazy, strict)
+    if source.kind != "mlx" and (source.folder / "tokenizer_config.json").is_file():
+        # `load` says what is wrong with a tokenizer; a model needs none.
+        with contextlib.suppress(Exception):
+            add_end_of_turn(config, load_tokenizer(source.folder))
+    return model, config
 
 
-def _load_model(folder, config, model_config=None, lazy=False, strict=True):
-    file = folder / "config.json"
-    if is_muse(config):
-        raise CheckpointError(f"{file}: a Muse checkpoint; {CONVERT_FIRST.format(folder)}")
-    files = shards(folder, "model*.safetensors")
-    if not files:
+def build(
+    source: Source,
+    model_config: dict[str, Any] | None = None,
+    lazy: bool = False,
+    strict: bool = True,
+) -> tuple[Model, dict[str, Any]]:
+    """The model of a checkpoint on this machine, and its config; arguments as `load_model`'s."""
+    folder = source.path
+    if source.kind == "muse":
+        raise CheckpointError(
+            f"{source.config_file}: a checkpoint of Kuaishou's Muse; {CONVERT_FIRST.format(folder)}"
+        )
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: found a file, expected a folder")
+    if strict:
+        files = weight_files(folder)
+    else:  # mlx-lm reads a part of the files where others have the rest
+        files = named_by_index(folder, SAFETENSORS) or sorted(folder.glob(SAFETENSORS))
+        files = [f for f in files if f.is_file()]
+    if not files and strict:
         others = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         why = f"; {CONVERT_FIRST.format(folder)}" if others else ""
         raise CheckpointError(f"{folder}: no model*.safetensors{why}")
 
-    found = SafetensorsFiles(folder, files).shapes()
-    overrides = dict(model_config or {})
-    converted = config.get("model_type") == MODEL_TYPE
-    if not converted:
-        overrides = {**announced(config, found), "model_type": MODEL_TYPE, **overrides}
-    args = model_args({**config, **overrides}, file)
-    quantized = {**config, **overrides}.keys() & {"quantization", "quantization_config"}
-    if quantized and not converted:
-        raise CheckpointError(
-            f"{file}: quantization_config: found one, expected an unquantised checkpoint"
-        )
+    checkpoint = SafetensorsFiles(folder, files)
+    described = describe(source, checkpoint, model_config, strict)
+    config, plan = described.config, described.plan
     try:
-        # Quantised shapes are the strict load's to check.
-        if strict and not quantized:
-            (mlx_plan if converted else hub_plan)(args).check(found)
-        # Without a model_file there is no code that mlx-lm could run.
-        overrides["model_file"] = None
-        model, loaded = mlx_lm.utils.load_model(
-            folder, lazy, strict, overrides, get_model_classes=lambda config: (Model, ModelArgs)
-        )
+        model = Model(described.args)
+        if (settings := quantization(config)) is not None:
+            weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+            _quantize(model, settings, weights, bool(config.get("quantize_activations")))
+        else:
+            tensors = {n: checkpoint.read(n) for n in checkpoint.tensors if n in plan.source}
+            weights = {
+                name: part.of(tensors[part.source])
+                for name, part in plan.parts.items()
+                if part.source in tensors
+            }
+        model.eval()
+        model.load_weights(list(weights.items()), strict=strict)
+        if not lazy:
+            mx.eval(model.parameters())
     except (ValueError, RuntimeError, KeyError, TypeError) as e:
         raise CheckpointError(f"{folder}: {one_line(e)}") from None
-    loaded.pop("model_file")
-    if converted and "model_file" in config:
-        loaded["model_file"] = config["model_file"]
-    return model, loaded
+    if source.kind != "mlx":
+        config.pop("model_file", None)
+    if ids := stop_ids(source):
+        config["eos_token_id"] = ids
+    return model, config
+
+
+def _quantize(
+    model: nn.Module, settings: dict[str, Any], weights: dict[str, mx.array], activations: bool
+):
+    """Give the layers that are quantised on disk their form, as `mlx_lm.utils.load_model` does."""
+
+    def how(path: str, module: nn.Module) -> Any:
+        if path in settings:
+            return settings[path]
+        if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
+            return False
+        return mlx_lm.utils.infer_quant_config(path, module, weights)
+
+    mode = settings.get("mode", "affine")
+    nn.quantize(model, settings["group_size"], settings["bits"], mode=mode, class_predicate=how)
+
+    def with_activations(layer: nn.Module) -> nn.Module:
+        if not isinstance(layer, nn.QuantizedLinear):
+            return layer
+        if layer.mode not in ("nvfp4", "mxfp8") or "bias" in layer:
+            raise ValueError(
+                f"quantize_activations: found a layer of mode {layer.mode}"
+                f"{' with a bias' * ('bias' in layer)}, expected nvfp4 or mxfp8 without biases"
+            )
+        outputs, inputs = layer.weight.shape
+        return nn.QQLinear(
+            inputs * 32 // layer.bits, outputs, layer.group_size, layer.bits, layer.mode
+        )
+
+    if activations:
+        leaves = tree_map(with_activations, model.leaf_modules(), is_leaf=nn.Module.is_module)
+        model.update_modules(leaves)
 
 
 def load(
@@ -166,19 +151,24 @@ def load(
     `trust_remote_code` concerns the tokenizer only: the model's own code is never run.
     Returns (model, tokenizer), or (model, tokenizer, config) with `return_config`.
     """
-    folder, config = open_folder(path_or_repo, revision)
-    model, config = _load_model(folder, config, model_config, lazy)
+    source = open_source(path_or_repo, revision, python=trust_remote_code)
+    model, config = build(source, model_config, lazy)
     if adapter_path is not None:
-        model = mlx_lm.utils.load_adapters(model, adapter_path)
+        mlx_lm.utils.load_adapters(model, adapter_path)  # in place
         model.eval()
-    # Said either way, so that transformers does not stop and ask.
-    extra = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
+    # Said either way, so that transformers does not stop and ask; and a config, so that it does
+    # not read the folder's, which may name code of the model's.
+    extra = {"trust_remote_code": trust_remote_code, "config": Qwen3Config()}
     try:
-        tokenizer = mlx_lm.utils.load_tokenizer(
-            folder, extra, eos_token_ids=config.get("eos_token_id")
+        tokenizer = mlx_lm.tokenizer_utils.load(
+            source.folder, {**extra, **(tokenizer_config or {})}, config.get("eos_token_id")
         )
     except Exception as e:  # transformers says "no tokenizer" in many ways
         raise CheckpointError(
-            f"{folder}: no tokenizer that loads ({one_line(e)}); load_model loads the model alone"
+            f"{source.folder}: no tokenizer that loads ({one_line(e)}); "
+            "load_model loads the model alone"
         ) from None
+    if source.kind != "mlx":
+        for i in add_end_of_turn(config, tokenizer):
+            tokenizer.add_eos_token(str(i))
     return (model, tokenizer, config) if return_config else (model, tokenizer)

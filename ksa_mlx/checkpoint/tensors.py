@@ -4,19 +4,21 @@ A checkpoint is a mapping of names to tensors that are read one at a time. Every
 `CheckpointError` of one line that names the file.
 """
 
-import json
 import pickle
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import mlx.core as mx
+from mlx_lm.utils import infer_quant_config
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, one_line
 from ..weights import Shape, some
+from .source import PICKLES, SAFETENSORS, weight_files
 
 # safetensors' and PyTorch's names of the dtypes that weights may have, and their size in bytes.
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -68,18 +70,19 @@ class Checkpoint:
                 )
 
     def read(self, name: str) -> mx.array:
-        """The tensor. Each is read once, in order; only what is asked for is in memory."""
+        """The tensor. Quickest once each, in order; only what is asked for is in memory."""
         raise NotImplementedError
 
 
 class SafetensorsFiles(Checkpoint):
     def __init__(self, path: Path, files: list[Path]):
         super().__init__(path)
-        self._open, self._arrays = None, {}
+        self._open: Path | None = None
+        self._arrays: dict[str, mx.array] = {}
         for file in files:
             try:
                 with safe_open(file, framework="np") as f:
-                    for name in f.keys():
+                    for name in f.keys():  # noqa: SIM118 (no mapping)
                         part = f.get_slice(name)
                         self.add(name, Tensor(tuple(part.get_shape()), part.get_dtype(), file))
             except (SafetensorError, OSError) as e:
@@ -89,9 +92,10 @@ class SafetensorsFiles(Checkpoint):
 
     def read(self, name: str) -> mx.array:
         file = self.tensors[name].file
-        if file != self._open:
+        if file != self._open or name not in self._arrays:
             # Lazy: a tensor is read when it is evaluated, and freed because we let it go.
-            self._open, self._arrays = file, mx.load(str(file), format="safetensors")
+            arrays: Any = mx.load(str(file), format="safetensors")
+            self._open, self._arrays = file, arrays
         return self._arrays.pop(name)
 
 
@@ -100,7 +104,8 @@ class PickleFiles(Checkpoint):
 
     def __init__(self, path: Path, files: list[Path]):
         super().__init__(path)
-        self._open, self._arrays = None, {}
+        self._open: Path | None = None
+        self._arrays: dict[str, Any] = {}
         for file in files:
             for name, tensor in self._load(file, "meta").items():
                 dtype = str(tensor.dtype).removeprefix("torch.")
@@ -129,7 +134,7 @@ class PickleFiles(Checkpoint):
 
     def read(self, name: str) -> mx.array:
         file = self.tensors[name].file
-        if file != self._open:
+        if file != self._open or name not in self._arrays:
             self._arrays = {}
             self._open, self._arrays = file, self._load(file, "cpu")
         return from_torch(self._arrays.pop(name))
@@ -147,7 +152,7 @@ class DCPFolder(Checkpoint):
     def __init__(self, path: Path):
         super().__init__(path)
         torch = import_torch(path)
-        import torch.distributed.checkpoint as dcp
+        dcp = torch.distributed.checkpoint
 
         file = path / ".metadata"
         try:
@@ -170,10 +175,10 @@ class DCPFolder(Checkpoint):
         if not tensors:
             raise CheckpointError(f"{file}: found no tensor named {self.PREFIX}*")
         for name, (shape, dtype) in tensors.items():
-            dtype = str(dtype).removeprefix("torch.")
-            self.add(name[len(self.PREFIX) :], Tensor(shape, dtype, path))
+            tensor = Tensor(shape, str(dtype).removeprefix("torch."), path)
+            self.add(name[len(self.PREFIX) :], tensor)
 
-        class Reader(dcp.FileSystemReader):
+        class Reader(dcp.FileSystemReader):  # type: ignore[name-defined]
             def read_metadata(self, *args, **kwargs):
                 return metadata
 
@@ -202,7 +207,7 @@ class DCPFolder(Checkpoint):
 class _Metadata(pickle.Unpickler):
     """Reads the metadata of a `torch.distributed.checkpoint` folder, and nothing else."""
 
-    ALLOWED = {
+    ALLOWED: ClassVar = {
         "torch": {
             "Size",
             *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
@@ -232,13 +237,14 @@ def _why_refused(error: Exception) -> str:
     return f"not a whole PyTorch file of plain weights ({one_line(error)})"
 
 
-def import_torch(file: Path):
-    """PyTorch, which is needed for pickles and Muse folders only."""
+def import_torch(file: Path | str = "PyTorch"):
+    """PyTorch, with its readers, which is needed for pickles and Muse folders only."""
     try:
-        import torch
+        import torch  # noqa: PLC0415 (an extra)
+        import torch.distributed.checkpoint  # noqa: PLC0415
     except ImportError:
         raise CheckpointError(
-            f"{file}: reading it needs PyTorch, an extra: pip install 'ksa-mlx[torch]'"
+            f"{file}: reading it needs PyTorch; in a clone of ksa-mlx: pip install -e '.[torch]'"
         ) from None
     if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):
         # CVE-2025-32434: weights_only does not protect before 2.6.
@@ -248,32 +254,10 @@ def import_torch(file: Path):
 
 def from_torch(tensor) -> mx.array:
     """A PyTorch tensor on the CPU as an MLX array (a copy)."""
-    import torch
-
     tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:  # which numpy does not know
-        return mx.array(tensor.view(torch.uint16).numpy()).view(mx.bfloat16)
+    if str(tensor.dtype) == "torch.bfloat16":  # which numpy does not know
+        return mx.array(tensor.view(import_torch().uint16).numpy()).view(mx.bfloat16)
     return mx.array(tensor.numpy())
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{file}: not readable as JSON ({one_line(e)})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: found a {type(value).__name__}, expected a JSON object")
-    return value
-
-
-def find_config(path: Path) -> Path:
-    """The `config.json` of a checkpoint: in its folder, beside its file, or above a DCP folder."""
-    folder = path if path.is_dir() else path.parent
-    places = [folder] if not (folder / ".metadata").exists() else [folder, folder.parent]
-    for place in places:
-        if (place / "config.json").is_file():
-            return place / "config.json"
-    raise CheckpointError(f"{folder}: no config.json")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -281,9 +265,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file():
         kind = SafetensorsFiles if path.suffix == ".safetensors" else PickleFiles
         return kind(path, [path])
-    if files := shards(path, "model*.safetensors"):
+    if files := weight_files(path, SAFETENSORS):
         return SafetensorsFiles(path, files)
-    if files := shards(path, "pytorch_model*.bin"):
+    if files := weight_files(path, PICKLES):
         return PickleFiles(path, files)
     folders = sorted(f.parent for f in (*path.glob(".metadata"), *path.glob("*/.metadata")))
     pickles = sorted(f for p in ("*.pt", "*.pth", "*.bin") for f in path.glob(p))
@@ -299,31 +283,42 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def shards(folder: Path, pattern: str) -> list[Path]:
-    """The files of a checkpoint of one or many files, all of them there."""
-    indices = sorted(folder.glob(pattern + ".index.json"))
-    if indices:
-        weight_map = read_json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{indices[0]}: weight_map: found none, expected a JSON object")
-        names = sorted({str(n) for n in weight_map.values()})
-        for name in names:
-            if Path(name).name != name:
-                raise CheckpointError(f"{indices[0]}: found {name!r}, expected a plain file name")
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob(pattern))
-        for file in list(files):
-            if shard := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(\.\w+)", file.name):
-                stem, number, count, end = shard.groups()
-                if int(count) > 10_000:
-                    raise CheckpointError(f"{file}: found {count} shards, expected at most 10000")
-                width = len(number)
-                names = [f"{stem}-{i:0{width}}-of-{count}{end}" for i in range(1, int(count) + 1)]
-                if not any(f.name == names[0] for f in files):  # some count from 0
-                    names = [f"{stem}-{i:0{width}}-of-{count}{end}" for i in range(int(count))]
-                files += [folder / n for n in names if folder / n not in files]
-    missing = [f.name for f in files if not f.is_file()]
-    if missing:
-        raise CheckpointError(f"{folder}: missing files: {some(missing)}")
-    return files
+class Dequantized(Checkpoint):
+    """A quantised checkpoint of ours as the plain tensors that it stands for."""
+
+    def __init__(self, packed: Checkpoint, settings: dict[str, Any], shapes: dict[str, Shape]):
+        """Args: `settings` the config's `quantization`; `shapes` of the weights, unquantised."""
+        super().__init__(packed.path)
+        self._packed, self._settings = packed, settings
+        parts = set()
+        for name, shape in shapes.items():
+            path = name.removesuffix(".weight")
+            if (scales := packed.tensors.get(f"{path}.scales")) and name in packed.tensors:
+                # Scales of 8 bits are those of a float format, which MLX decodes to bfloat16.
+                dtype = "BF16" if scales.dtype == "U8" else scales.dtype
+                self.add(name, Tensor(shape, dtype, packed.tensors[name].file))
+                parts |= {f"{path}.{end}" for end in ("weight", "scales", "biases")}
+        for name, tensor in packed.tensors.items():
+            if name not in parts:
+                self.add(name, tensor)
+
+    def read(self, name: str) -> mx.array:
+        path, packed = name.removesuffix(".weight"), self._packed
+        if f"{path}.scales" not in packed.tensors:
+            return packed.read(name)
+        parts = [
+            packed.read(f"{path}.{end}")
+            for end in ("weight", "scales", "biases")
+            if f"{path}.{end}" in packed.tensors
+        ]
+        weights = {f"{path}.weight": parts[0], f"{path}.scales": parts[1]}
+        # It asks the layer for the shape of its weight, no more.
+        layer: Any = SimpleNamespace(weight=SimpleNamespace(shape=self.tensors[name].shape))
+        try:
+            how = self._settings.get(path) or infer_quant_config(path, layer, weights)
+            biases = parts[2] if len(parts) == 3 else None
+            return mx.dequantize(parts[0], parts[1], biases, **how)
+        except (TypeError, ValueError, ZeroDivisionError) as e:
+            raise CheckpointError(
+                f"{self.tensors[name].file}: {name}: not dequantised ({one_line(e)})"
+            ) from None

@@ -4,12 +4,17 @@ import fcntl
 import json
 import os
 import shutil
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
+from tqdm import tqdm
 
 from ..errors import CheckpointError, one_line
+from ..weights import Plan
+from .tensors import Checkpoint
 
 
 class ShardWriter:
@@ -58,6 +63,79 @@ class ShardWriter:
             json.dump(index, f, indent=4)
 
 
+def write_weights(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    writer: ShardWriter,
+    dtype: mx.Dtype | None,
+    quantized: dict[str, nn.Module],
+    quiet: bool,
+):
+    """Read every tensor that the plan uses, check it, cast it, quantise it and write it."""
+    made_of = defaultdict(list)
+    for name, part in plan.parts.items():
+        made_of[part.source].append(name)
+    bar = tqdm(
+        total=sum(checkpoint.tensors[n].nbytes for n in made_of),
+        desc="Converting",
+        unit="B",
+        unit_scale=True,
+        disable=quiet,
+    )
+
+    def check_finite(array: mx.array, origin: str, why: str):
+        if not mx.isfinite(array).all().item():
+            raise CheckpointError(f"{checkpoint.tensors[origin].file}: {origin}: {why}")
+
+    def write(name: str, array: mx.array):
+        writer.parameters += array.size
+        path = name.removesuffix(".weight")
+        if path not in quantized:
+            mx.eval(array)
+            writer.add(name, array)
+            return
+        layer = quantized[path]
+        arrays = mx.quantize(array, group_size=layer.group_size, bits=layer.bits, mode=layer.mode)
+        mx.eval(arrays)
+        for end, part in zip(("weight", "scales", "biases"), arrays, strict=False):
+            writer.add(f"{path}.{end}", part)
+
+    with bar:
+        for origin in (n for n in checkpoint.tensors if n in made_of):
+            tensor = checkpoint.read(origin)
+            for name in made_of[origin]:
+                array = plan.parts[name].of(tensor)
+                check_finite(array, origin, "found NaN or Inf")
+                if dtype is not None and dtype != array.dtype:
+                    array = array.astype(dtype)
+                    check_finite(array, origin, f"too large for {dtype}")
+                write(name, array)
+                del array
+            del tensor
+            bar.update(checkpoint.tensors[origin].nbytes)
+        for name, shape in plan.zeros.items():
+            write(name, mx.zeros(shape, dtype or mx.float32))
+
+
+def dropped(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[int, int]]:
+    """Parameters and bytes that the converted model leaves out, by reason."""
+    total: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    used: dict[str, int] = defaultdict(int)
+    for part in plan.parts.values():
+        start, end = part.rows or (0, plan.source[part.source][0])
+        used[part.source] += end - start
+    for name, tensor in checkpoint.tensors.items():
+        if name in plan.dead:
+            why, size = plan.dead[name][1], tensor.size
+        else:
+            rows = tensor.shape[0]
+            why, size = "padding rows", (rows - used[name]) * tensor.size // rows
+        if size:
+            total[why][0] += size
+            total[why][1] += size * tensor.nbytes // tensor.size
+    return {why: (n, b) for why, (n, b) in total.items()}
+
+
 @contextmanager
 def workspace(destination: Path):
     """A folder beside `destination` that takes its name at the end, or vanishes on an error.
@@ -67,7 +145,11 @@ def workspace(destination: Path):
     """
     parents = [p for p in destination.absolute().parents if not p.exists()]
     folder = destination.absolute().parent / f".{destination.name}.converting"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        why = e.strerror or one_line(e)
+        raise CheckpointError(f"{destination}: cannot be created ({why})") from None
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:

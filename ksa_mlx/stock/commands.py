@@ -16,7 +16,7 @@ import sys
 import mlx_lm.cli
 
 from ..cache.rollback import ENOUGH, ROLLBACK
-from ..checkpoint.load import fetch
+from ..checkpoint.source import fetch
 from ..errors import KSAError, one_line
 from . import server
 

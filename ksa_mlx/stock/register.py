@@ -8,6 +8,7 @@ no longer needed.
 import functools
 import importlib.util
 import sys
+from pathlib import Path
 
 import mlx_lm.models.cache
 import mlx_lm.utils
@@ -17,6 +18,7 @@ from .. import model
 from ..cache.quantized import MixedRollingSummaryCache, QuantizedRollingSummaryCache
 from ..cache.rolling import RollingSummaryCache
 from ..checkpoint import load as checkpoint
+from ..checkpoint.source import read_json
 from ..config import MODEL_TYPE, is_ksa
 
 # The name of `model_file.py` in a converted folder.
@@ -63,22 +65,18 @@ def load_ours():
     A converted folder names a `model_file` (mlx-lm#830) for commands that never import us, and
     mlx-lm runs such a file only with `trust_remote_code`. For our model type and file name it is
     ignored, never run; every other file goes through mlx-lm's own check. An unconverted folder
-    says that it is a Qwen3, of which mlx-lm would build a plain one.
+    says that it is a Qwen3, of which mlx-lm would build a plain one. And mlx-lm reads whatever
+    matches `model*.safetensors`, in a path that it takes for a pattern.
     """
     load_model = mlx_lm.utils.load_model
 
     @functools.wraps(load_model)
     def load(model_path, lazy=False, strict=True, model_config=None, *args, **kwargs):
-        config = {**mlx_lm.utils.load_config(model_path), **(model_config or {})}
+        file = Path(model_path) / "config.json"
+        config = {**(read_json(file) if file.is_file() else {}), **(model_config or {})}
         model_file, converted = config.get("model_file"), config.get("model_type") == MODEL_TYPE
-        if not converted and model_file is None and is_ksa(config):
+        if is_ksa(config) and (model_file is None or (converted and model_file == MODEL_FILE)):
             return checkpoint.load_model(model_path, lazy, strict, model_config)
-        if not converted or model_file != MODEL_FILE:
-            return load_model(model_path, lazy, strict, model_config, *args, **kwargs)
-        model_config = {**(model_config or {}), "model_file": None}
-        loaded, config = load_model(model_path, lazy, strict, model_config, *args, **kwargs)
-        # `mlx_lm.utils.save` copies the file and writes this config: they stay together.
-        config["model_file"] = model_file
-        return loaded, config
+        return load_model(model_path, lazy, strict, model_config, *args, **kwargs)
 
     mlx_lm.utils.load_model = load
