@@ -4,6 +4,7 @@ Imports are read from the sources, those inside functions counted.
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def modules(root: Path, folder: str) -> dict[str, Path]:
     return {name_of(file, root): file for file in sorted((root / folder).rglob("*.py"))}
 
 
-def imports(file: Path, root: Path) -> Iterator[Import]:
+@functools.lru_cache(None)
+def imports(file: Path, root: Path) -> list[Import]:
     """What a file imports, as absolute dotted names; `from x import y` gives x.y."""
     name = name_of(file, root)
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
@@ -82,7 +84,7 @@ def imports(file: Path, root: Path) -> Iterator[Import]:
                 function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
                 yield from visit(child, inside or function)
 
-    yield from visit(ast.parse(file.read_text(encoding="utf-8")), False)
+    return list(visit(ast.parse(file.read_text(encoding="utf-8")), False))
 
 
 def arrows(root: Path) -> dict[str, set[str]]:
