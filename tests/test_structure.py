@@ -17,7 +17,8 @@ PACKAGE = "ksa_mlx"
 # module, or for a folder with all that is in it.
 FLOORS = [
     ["errors", "files"],
-    ["config", "pattern"],
+    ["pattern", "rope"],
+    ["config"],
     ["naive"],
     ["cache"],
     ["attention"],
