@@ -7,7 +7,7 @@ import pytest
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 import ksa_mlx
-from ksa_mlx.benchmark.__main__ import filled, held_bytes
+from ksa_mlx.benchmark.models import filled, held_bytes
 from ksa_mlx.cache.rolling import STEP, RollingSummaryCache
 
 from ._models import build, tokens, worst

@@ -8,7 +8,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import QuantizedKVCache
 
 import ksa_mlx
-from ksa_mlx.benchmark.__main__ import filled, ksa_args
+from ksa_mlx.benchmark.models import filled, ksa_args
 from ksa_mlx.cache.quantized import MixedRollingSummaryCache, QuantizedRollingSummaryCache
 from ksa_mlx.cache.rolling import RollingSummaryCache
 
