@@ -1,14 +1,24 @@
+import random
+from collections import defaultdict
+
 import pytest
 
 from ksa_mlx.chat import notebook
 from ksa_mlx.convert import convert
 
 
-def pytest_configure(config):
-    config.addinivalue_line(
-        "markers",
-        "feature(name, entry_point, verdict): a row of docs/features.md, shown by this test",
-    )
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of the cases of a test with `@pytest.mark.quick(n)` all but n, always the same, are slow."""
+    grids = defaultdict(list)
+    for item in items:
+        if mark := item.get_closest_marker("quick"):
+            grids[item.path, item.originalname, mark.args[0]].append(item)
+    for (_, _, n), cases in grids.items():
+        kept = random.Random(0).sample(range(len(cases)), min(n, len(cases)))
+        for i, item in enumerate(cases):
+            if i not in kept:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

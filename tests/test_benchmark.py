@@ -266,6 +266,7 @@ def test_building_is_of_the_batches_that_it_says():
         assert all(layer.offset == n for n, c in builder.read.items() for layer in c)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_measured_is_lost(how, tmp_path):
     """Killed in a long prefill: what came before is printed, and whole in the file."""

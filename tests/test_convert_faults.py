@@ -45,6 +45,7 @@ ksa_mlx.convert.convert(source, destination, max_shard_bytes=200_000)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["first shard", "before the end", "after the end"])
 def test_kill_9(where, tmp_path, capsys):
     destination = tmp_path / "mlx"

@@ -82,6 +82,7 @@ def stop(process: subprocess.Popen) -> str:
     return process.communicate()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Tensor parallel and pipeline",
     "`mlx_lm.utils.sharded_load`, `mlx_lm.chat`, under `mlx.launch`",
@@ -115,6 +116,7 @@ def ask(port: int, path: str, body: dict) -> dict:
         return json.load(response)["choices"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Server on several machines",
     "`mlx_lm.server`, under `mlx.launch`",

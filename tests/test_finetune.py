@@ -105,6 +105,7 @@ def test_old_text_is_trained_through_summaries_only():
     assert two[:40].max().item() == 0 and two[40:].min().item() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Gradient checkpointing", "`mlx_lm.lora --grad-checkpoint`", "works")
 @pytest.mark.parametrize("name", ["full layer inside", "two summaries", "bypass"])
 def test_gradient_checkpointing(name, monkeypatch):
@@ -173,6 +174,7 @@ def train(monkeypatch, folder, model, adapters, kind, *flags):
     return curve
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "LoRA, DoRA, full fine-tuning, on quantised weights too",
     "`mlx_lm.lora`",

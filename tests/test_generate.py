@@ -611,6 +611,7 @@ def test_ids_outside_the_text_vocabulary(capsys, folder, tmp_path):
 # The embedded default
 
 
+@pytest.mark.slow
 def test_demo(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert main([]) == 0
@@ -702,6 +703,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+@pytest.mark.slow
 def test_chat_in_a_terminal(tmp_path):
     talk = tmp_path / "talk"
     t = Terminal("--max-tokens", "-1", "--temp", "0")
@@ -736,6 +738,7 @@ def test_chat_in_a_terminal(tmp_path):
         os.close(t.fd)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer(tmp_path):
     """An answer without an end: plain completion, sampled so that it does not stop by itself."""
     t = Terminal(
@@ -756,6 +759,7 @@ def test_ctrl_c_stops_the_answer(tmp_path):
         os.close(t.fd)
 
 
+@pytest.mark.slow
 def test_chat_in_a_pipe_and_ctrl_c_without_one(folder, tmp_path):
     """Lines from a pipe are turns too; and one answer that is stopped ends with 130."""
     program = [sys.executable, str(ROOT / "generate.py"), "--model", str(folder)]

@@ -72,6 +72,7 @@ def test_prompts_token_by_token(golden):
         assert worst(mx.concatenate(rows), arrays[f"prefill_logits_{P}"]) <= TOLERANCE, P
 
 
+@pytest.mark.quick(2)
 @cases(HUB)
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_decode(golden, at_once):
@@ -86,6 +87,7 @@ def test_decode(golden, at_once):
         assert worst(mx.concatenate(parts), arrays[f"forced_logits_{P}"]) <= TOLERANCE, P
 
 
+@pytest.mark.quick(1)
 @cases(OFFICIAL_DECODE)
 def test_decode_one_step_more(golden):
     """`decode_logits` row i follows decode_ids[i]: the official cache, where it is right."""
@@ -97,6 +99,7 @@ def test_decode_one_step_more(golden):
         assert worst(mx.concatenate(rows), arrays[f"decode_logits_{P}"]) <= TOLERANCE, P
 
 
+@pytest.mark.quick(1)
 @cases(HUB)
 def test_greedy(golden):
     """mlx-lm's own generation loop gives the official greedy ids."""

@@ -95,6 +95,7 @@ DECODE = covering(
 )
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("case", DECODE, ids=name)
 def test_decode(run, case):
     log, _ = decode_case(run, **case, check=False)
@@ -144,18 +145,21 @@ CHECKED = [
 ]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("case", CHECKED, ids=name)
 def test_decode_in_any_order(run, case):
     """No race, no access out of bounds, and the same to the bit in 8 orders of the threads."""
     decode_case(run, **case, orders=8)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("case", CHECKED[:1] + CHECKED[4:], ids=name)
 def test_decode_in_lockstep(run, case):
     """The lanes of a simdgroup come to each simd operation and barrier by the same path."""
     decode_case(run, **case, check="lockstep")
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("settings", [{"contract": "fast"}, {"fast_noise": 4}], ids=name)
 @pytest.mark.parametrize("case", CHECKED, ids=name)
 def test_decode_with_other_arithmetic(run, case, settings):
@@ -181,6 +185,7 @@ def visible_slots(ranges, shape):
     return seen
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("rows, group", [(1, 4), (3, 2), (8, 4)])
 @pytest.mark.parametrize("B, keys", [(1, 40), (2, 70), (2, SPLIT + 40)])
 def test_decode_loads_what_is_visible_once(run, B, keys, rows, group):
@@ -255,6 +260,7 @@ QUANTISED = [
 ]
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("case", QUANTISED, ids=name)
 def test_quantised_decode(run, case):
     log, *_ = quantised_case(run, **case, check=False)
@@ -262,6 +268,7 @@ def test_quantised_decode(run, case):
     assert not any(launch.copies for launch in log.launches)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("bits, summary_bits", [(8, 4), (4, None), (16, 8)])
 @pytest.mark.parametrize("dim, group_size", [(64, 32), (128, 64)])
@@ -352,6 +359,7 @@ PREFILL = covering(
 )
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("case", PREFILL, ids=name)
 def test_prefill(run, case):
     prefill_case(run, **case, check=False)
@@ -405,17 +413,20 @@ PREFILL_CHECKED = [
 ]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("case", PREFILL_CHECKED, ids=name)
 def test_prefill_in_any_order(run, case):
     launch, *_ = prefill_case(run, **case, orders=8)
     assert launch.threadgroup_bytes <= 32768
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("case", PREFILL_CHECKED[:2], ids=name)
 def test_prefill_in_lockstep(run, case):
     prefill_case(run, **case, check="lockstep")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("settings", [{"contract": "fast"}, {"fast_noise": 4}], ids=name)
 @pytest.mark.parametrize("case", PREFILL_CHECKED, ids=name)
 def test_prefill_with_other_arithmetic(run, case, settings):
@@ -475,6 +486,7 @@ def every_kernel(dtype, dim, slots):
 LINTED = [("float32", 32, 8), ("bfloat16", 128, 300), ("float16", 256, 300), ("bfloat16", 80, 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, dim, slots", LINTED)
 def test_lint(run, monkeypatch, dtype, dim, slots):
     """Metal would take the sources; no input is so small that MLX passes it as `constant`."""

@@ -46,6 +46,7 @@ def feed(model, text, sizes, cache):
     return mx.concatenate(outs, axis=1)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("sizes", [[1], [30, 1, 3, 9, 8, 2]], ids=str)
 def test_any_split(variant, sizes, log):
@@ -56,6 +57,7 @@ def test_any_split(variant, sizes, log):
     assert log.of("ksa_decode") and (len(sizes) == 1 or log.of("ksa_prefill"))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("bits, text_bits", [(4, 4), (8, 8), (4, 8)])
 def test_quantised_caches(bits, text_bits, log):
     """The same as MLX's operations on the same quantised cache.
@@ -165,6 +167,7 @@ def test_on_a_gpu_the_first_use_compares(kernel, dtype):
         assert len(log.launches) == compared, "only the first use"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits, text_bits", [(0, 0), (8, 8), (4, 8)])
 def test_whatever_runs_was_compared(bits, text_bits, monkeypatch):
     """Each combination of template arguments is a kernel of its own to Metal's compiler."""

@@ -89,6 +89,7 @@ def replaced(text: str, old: str, which: int, new: str) -> str:
     return old.join(parts[: which + 1]) + new + old.join(parts[which + 1 :])
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutant(mutant):
     file, old, which, new, case = MUTANTS[mutant]

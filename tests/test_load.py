@@ -126,6 +126,7 @@ def test_register_is_idempotent_and_gives_way(monkeypatch):
     assert mlx_lm.utils.load_model is wrapped
 
 
+@pytest.mark.slow
 def test_stock_command(converted, tmp_path):
     """mlx_lm.generate, which never imports us, through the folder's model_file."""
     prompt, answer = golden_words()

@@ -208,6 +208,7 @@ def test_simd_operations():
             )
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_simdgroup_matrices(dtype, transpose):
@@ -509,6 +510,7 @@ FAULTS = {
 THREAD = "uint i = thread_position_in_grid.x, lane = thread_index_in_simdgroup; "
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(fault):
     kind, line, source, arguments = FAULTS[fault]

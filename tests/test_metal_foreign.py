@@ -70,6 +70,7 @@ VARIANTS = {  # kernel, gates by channel, mask
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gated_delta(variant, dtype, log):
@@ -106,6 +107,7 @@ def rms(x, eps):
     return x * mx.rsqrt((x * x).mean(-1, keepdims=True) + eps)
 
 
+@pytest.mark.quick(1)
 @needs_fused
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_add_norm(dtype, log):
@@ -130,6 +132,7 @@ def test_norm_add_norm(dtype, log):
     assert mx.array_equal(again, normed)  # promised to the bit
 
 
+@pytest.mark.quick(1)
 @needs_fused
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_post_expert_norm_combine(dtype, log):
@@ -146,6 +149,7 @@ def test_post_expert_norm_combine(dtype, log):
     )
 
 
+@pytest.mark.quick(1)
 @needs_fused
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rope", [False, True])
@@ -181,6 +185,7 @@ def test_qk_norm(rope, dtype, log):
         close(a, b, TOLERANCE[dtype] * (5 if rope else 1))  # two roundings, and angles up to 700
 
 
+@pytest.mark.quick(1)
 @needs_fused
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm_sigmoid_gate(dtype, log):
@@ -193,6 +198,7 @@ def test_rms_norm_sigmoid_gate(dtype, log):
     assert log.last.copies == {}
 
 
+@pytest.mark.quick(1)
 @needs_fused
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_expert_routing(dtype, log):

@@ -135,6 +135,7 @@ IN_BODY = {  # what it says, what is added
 }
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("fault", IN_BODY)
 def test_fault_in_the_body(fault):
     message, line = IN_BODY[fault]
@@ -171,6 +172,7 @@ IN_HEADER = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("fault", IN_HEADER)
 def test_fault_in_the_header(fault):
     message, line = IN_HEADER[fault]
@@ -192,6 +194,7 @@ BFLOAT = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("fault", BFLOAT)
 def test_bfloat(fault):
     message, line = BFLOAT[fault]

@@ -46,6 +46,7 @@ def launches(dim: int):
     kernels.prefill(x, x, x, x, x, kernels.layout([32], [0], [0], [1], 4, 1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_the_kernels_keep_nothing_in_memory(dim):
     sources = collect(lambda: launches(dim)).values()
@@ -54,6 +55,7 @@ def test_the_kernels_keep_nothing_in_memory(dim):
         assert registers.in_memory(source) == [], (source.name, source.template)
 
 
+@pytest.mark.slow
 def test_without_the_pragmas_they_would():
     def changed():
         read = kernels.source

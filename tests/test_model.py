@@ -115,6 +115,7 @@ def test_no_dense_mask_in_prefill():
             assert mask.shape == (b - a, count + b - text)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("windows", [3, [3, 2000, 3], 300])
 def test_many_rows_go_block_by_block(windows):
     """A call of several blocks: its values, its gradient, and a workspace of one block."""

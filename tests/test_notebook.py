@@ -160,6 +160,7 @@ def test_attention_of_selected_tokens_is_their_share(torch):
     assert (share[1].sum(-1) < 1).all(), "the text of the window has the rest"
 
 
+@pytest.mark.slow
 def test_training_learns_and_resumes(torch, tokenizer, tmp_path):
     from training.model import NotebookConfig  # noqa: PLC0415  (needs PyTorch)
     from training.train import Level, train  # noqa: PLC0415  (needs PyTorch)
@@ -202,6 +203,7 @@ def test_export_loads_in_mlx(torch, tokenizer, tmp_path):
 # The shipped weights
 
 
+@pytest.mark.slow
 def test_shipped_weights_agree_with_the_reference_at_4096_tokens(torch, tokenizer):
     ids = documents(tokenizer, 1, length=4095)[0].ids
     reference, got, model = logits_of_both(torch, SHIPPED, ids)
@@ -213,6 +215,7 @@ def test_shipped_weights_agree_with_the_reference_at_4096_tokens(torch, tokenize
     assert np.abs(reference[3001:] - rest).max() <= 1e-3
 
 
+@pytest.mark.slow
 def test_shipped_weights_recall_through_summaries(shipped, tokenizer):
     """512 tokens are 16 windows. The bounds leave room for chance: 40 questions."""
     options = {"notebooks": 10, "asked": 4, "seed": 11}
@@ -247,6 +250,7 @@ def test_shipped_folder_is_a_pytorch_checkpoint_of_bounded_size():
 # The commands
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, expected",
     [

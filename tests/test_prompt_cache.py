@@ -63,6 +63,7 @@ def refused(done, *words):
         assert word in last, last
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Prompt cache, writing", "`mlx_lm.cache_prompt`", "works")
 def test_cache_prompt(file):
     cache, metadata = load_prompt_cache(str(file), return_metadata=True)
@@ -70,6 +71,7 @@ def test_cache_prompt(file):
     assert all(c.offset > 300 for c in cache) and "model" in metadata
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Prompt cache, reading",
     "`python -m ksa_mlx generate --prompt-cache-file`, `generate.py --prompt-cache-file`",
@@ -104,6 +106,7 @@ def test_reading(file, model, expected, capsys):
     assert stock.returncode != 0 and "KeyError: 'RollingSummaryCache'" in stock.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Prompt cache of another model, or damaged", "as above", "refused in one line")
 def test_refusals(file, model, notebook_models, tmp_path, capsys):
     ask = ("--prompt", QUESTION, "--prompt-cache-file")
@@ -130,6 +133,7 @@ def test_refusals(file, model, notebook_models, tmp_path, capsys):
     assert "found a cache of another model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Prompt cache, quantised", "`mlx_lm.cache_prompt --kv-bits`", "works")
 def test_quantised_file(model, tmp_path, capsys, expected):
     file = tmp_path / "q8.safetensors"
@@ -156,6 +160,7 @@ def test_quantised_file(model, tmp_path, capsys, expected):
     assert capsys.readouterr().out.rstrip("\n") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Chat in a terminal", "`mlx_lm.chat`", "works")
 def test_chat(model):
     for command, flags in (("mlx_lm", ["--trust-remote-code"]), ("ksa_mlx", [])):

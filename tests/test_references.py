@@ -249,6 +249,7 @@ def test_pieces_join_to_the_text(embedded):
 # On the embedded model
 
 
+@pytest.mark.slow
 def test_top_references_hold_the_answers_and_matter(embedded):
     """A small `python -m training.measure_references`: containment, and the deletion test."""
     tokenizer, total = load_tokenizer(ROOT / "ksa_mlx/notebook/tokenizer.model"), Figures()
@@ -371,6 +372,7 @@ def test_page_is_written_whole_or_not_at_all(embedded, asked, tmp_path, monkeypa
     assert file.read_text(encoding="utf-8") == before and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     file = tmp_path / "page.html"
     command = [sys.executable, "generate.py", "--references", "--references-html"]

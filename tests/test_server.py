@@ -65,6 +65,7 @@ def alone(folders):
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Server, chat and completions", "`mlx_lm.server`", "works")
 def test_chat_completions_and_streaming(stock, alone):
     for body in (
@@ -77,6 +78,7 @@ def test_chat_completions_and_streaming(stock, alone):
         assert streamed["text"] == expected and streamed["pieces"] > 2
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Server, concurrent clients (batched)", "`mlx_lm.server`", "works")
 def test_concurrent_clients_and_hanging_up(stock, alone):
     """Prompts of all lengths at once; two more clients leave without waiting for their answers."""
@@ -105,6 +107,7 @@ def test_concurrent_clients_and_hanging_up(stock, alone):
     assert stock.get("/health")[0] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Server, prompt cache with prefix reuse", "`mlx_lm.server`", "works")
 def test_prefix_reuse(stock, alone):
     """The second turn reads what is new only; another question shares the system prompt."""
@@ -120,6 +123,7 @@ def test_prefix_reuse(stock, alone):
     assert 380 < c["cached"] < c["prompt_tokens"] and c["text"] == alone(other)
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Speculative decoding in the server",
     "`python -m ksa_mlx server --draft-model`",
@@ -153,6 +157,7 @@ def test_with_a_draft(ours, alone):
     assert ours.get("/health")[0] == 200
 
 
+@pytest.mark.slow
 def test_stock_with_a_draft(folders, alone, tmp_path):
     """The stock server too, if it keeps no prompt cache."""
     argv = ("--trust-remote-code", "--draft-model", str(folders[1]), "--prompt-cache-size", "0")
@@ -217,6 +222,7 @@ def test_entries_hold_what_their_keys_say():
     assert len(kept) == n
 
 
+@pytest.mark.slow
 def test_memory_returns(folders):
     """Once its entries are dropped, the server holds after long requests what it held before."""
     cli = argparse.Namespace(
@@ -274,6 +280,7 @@ def test_memory_returns(folders):
         server.stop_and_join()
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Server, minutes of mixed load", "`mlx_lm.server`", "works (`python -m tests.soak`)"
 )

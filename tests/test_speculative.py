@@ -92,6 +92,7 @@ def speculated(model, draft, prompt, n, num_draft, rollback=None, **kwargs):
     return [int(t) for t, _, _ in out], sum(from_draft for _, _, from_draft in out)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.feature(
     "Speculative decoding, any draft",
     "`stream_generate(..., draft_model=...)`",
@@ -155,6 +156,7 @@ def test_quantised_caches():
     assert got == [int(t) for t, _ in expected]
 
 
+@pytest.mark.slow
 def test_long_run():
     """At least 20 prompts in all, zero differences."""
     runs = list(itertools.product(NAMES, ["same", "blurred", "other KSA", "plain Qwen3"], [0, 1]))
@@ -199,6 +201,7 @@ def test_environment(monkeypatch):
     assert build(rollback=5).rollback == 5
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("kind", ["same", "other KSA", "plain Qwen3"])
 @pytest.mark.parametrize("stop", [1, 2, 3, 6, 7, 8])
 def test_settle(kind, stop):
@@ -256,6 +259,7 @@ def command(*argv, **env):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.feature(
     "Speculative decoding, KSA or plain Qwen3 as draft",
     "`mlx_lm.generate --draft-model`, `generate.py --draft-model`",
@@ -286,6 +290,7 @@ def test_commands(notebook_models, capsys):
     )
 
 
+@pytest.mark.slow
 def test_conversation_with_a_draft(notebook_models, tmp_path):
     """All turns on one pair of caches: what a plain conversation says, and no text read twice."""
     model, tokenizer = ksa_mlx.load(notebook_models[0])
@@ -316,6 +321,7 @@ def test_conversation_with_a_draft(notebook_models, tmp_path):
     assert "".join(plain.answer("Who?")) == "".join(drafted.answer("Who?"))
 
 
+@pytest.mark.slow
 def test_a_draft_with_quantised_caches(notebook_models):
     model, tokenizer = ksa_mlx.load(notebook_models[0])
     draft, _ = ksa_mlx.load(notebook_models[1])
