@@ -3,7 +3,8 @@
 Importing the package makes mlx-lm load, generate from and serve converted KSA models.
 """
 
-from .cache.rolling import RollingSummaryCache, make_cache
+from .cache.make import make_cache
+from .cache.rolling import RollingSummaryCache
 from .checkpoint.load import load, load_model
 from .config import ModelArgs
 from .errors import ConfigError

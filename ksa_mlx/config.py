@@ -94,10 +94,11 @@ class ModelArgs(BaseModelArgs):
         self._set_rope()
         self.bypass = [not on for on in self._summary_layers()]
         self.windows = self._windows()
+        windowed = [i for i, w in enumerate(self.windows) if w is not None]
         # The last layer with a window, where summary rows end; -1 if there is none.
-        self.last_windowed = max(
-            (i for i, w in enumerate(self.windows) if w is not None), default=-1
-        )
+        self.last_windowed = max(windowed, default=-1)
+        # Of all layers, in chunks; None where no layer has one.
+        self.smallest_window = min((self.windows[i] for i in windowed), default=None)
 
     def _check(self, expected: str, holds: Callable[[Any], bool], *names: str):
         for name in names:

@@ -5,6 +5,7 @@ layer and a share of its heads, KV heads (so also of its KV cache) and MLP. Pipe
 has some layers and their caches.
 """
 
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -81,7 +82,7 @@ class Pipeline(PipelineMixin):
                 f"each of {size} machines, {layers} in all"
             )
         starts = [sum(split[rank + 1 :]) for rank in range(size)]
-        for rank, (start, count) in enumerate(zip(starts, split)):
+        for rank, (start, count) in enumerate(zip(starts, split, strict=True)):
             windows = self.args.windows[start : start + count]
             if start <= last and all(w is None for w in windows):
                 raise ValueError(
@@ -90,15 +91,24 @@ class Pipeline(PipelineMixin):
                     f"on to layer {last}; use fewer machines or another split"
                 )
         self.group, self.pipeline_rank, self.pipeline_size = group, group.rank(), size
-        self.start_idx = starts[group.rank()]
-        self.end_idx = self.start_idx + split[group.rank()]
+        start = starts[group.rank()]
+        self.take_layers(start, start + split[group.rank()])
         # Layers keep their numbers, by which weights are loaded.
         self.layers = [None] * self.start_idx + self.pipeline_layers
 
-    @property
+    @cached_property
     def windows(self) -> list[int | None]:
         """The windows of this rank's layers."""
         return self.args.windows[self.start_idx : self.end_idx]
+
+    def take_layers(self, start: int, stop: int | None):
+        """Note that this rank has the layers start .. stop - 1, and which of them is the first
+        full and the first windowed one (None without)."""
+        self.start_idx, self.end_idx = start, stop
+        self.__dict__.pop("windows", None)
+        kinds = [window is None for window in self.windows]
+        self.full = kinds.index(True) if True in kinds else None
+        self.windowed = kinds.index(False) if False in kinds else None
 
     def receive(self, h: mx.array, length: int) -> mx.array:
         """This rank's input: h (B, rows, hidden) itself, or what the rank before sends.
@@ -118,13 +128,14 @@ class Pipeline(PipelineMixin):
         if self.pipeline_rank:
             h = mx.distributed.send(h, self.pipeline_rank - 1, group=self.group)
             # In prefill mlx-lm evaluates the caches only: they must take the sending along.
-            _follow(cache[-1], h)
+            depend_on(cache[-1], h)
         h = h[:, :length].reshape(shape)
         return mx.distributed.all_gather(h, group=self.group)[: shape[0]]
 
 
-def _follow(cache, h: mx.array):
-    """Make whoever evaluates the cache evaluate h too."""
-    for row in getattr(cache, "rows", [cache]):
-        if getattr(row, "keys", None) is not None:
-            row.keys = tree_map(lambda x: mx.depends([x], [h])[0], row.keys)
+def depend_on(cache: Any, h: mx.array):
+    """Make whoever evaluates a cache, ours or mlx-lm's KVCache, evaluate h too."""
+    if hasattr(cache, "depend_on"):
+        cache.depend_on(h)
+    elif getattr(cache, "keys", None) is not None:
+        cache.keys = tree_map(lambda x: mx.depends([x], [h])[0], cache.keys)

@@ -12,10 +12,14 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.qwen3 import MLP
 from mlx_lm.models.rope_utils import initialize_rope
 
-from .attention.windowed import Step, full_attention, summary_attention
-from .cache.batch import BatchRollingSummaryCache, BatchStep
+from .attention.full import full_attention, full_text
+from .attention.plan import Call
+from .attention.summaries import summary_attention
+from .attention.windowed import windowed_attention
+from .cache.batch import BatchRollingSummaryCache
+from .cache.make import make_cache
 from .cache.rollback import wanted_rollback
-from .cache.rolling import RollingSummaryCache, make_cache
+from .cache.rolling import RollingSummaryCache
 from .config import ModelArgs
 from .distributed import Pipeline, shard
 from .weights import sanitize
@@ -82,7 +86,11 @@ class Attention(nn.Module):
         y = self._heads(name, x)
         return y[:, :L].swapaxes(1, 2), mix * own + (1 - mix) * y[:, L:]
 
-    def _rope_text(self, x: mx.array, offset) -> mx.array:
+    def text_queries(self, x: mx.array, offset: Any) -> mx.array:
+        """Queries (B, heads, L, head_dim) of text rows x (B, L, hidden), normed, after RoPE."""
+        return self._rotate_text(self._heads("q", x).swapaxes(1, 2), offset)
+
+    def _rotate_text(self, x: mx.array, offset: Any) -> mx.array:
         """Rotate text heads (B, heads, L, head_dim) at positions offset, offset + 1, ..."""
         if self.args.summary_chunk_position_ids_type == "origin":
             return self.rope(x, offset=offset)
@@ -90,9 +98,9 @@ class Attention(nn.Module):
         positions = mx.broadcast_to(
             positions % self.args.summary_chunk_size, (x.shape[0], x.shape[2])
         )
-        return self._rope_at(x.swapaxes(1, 2), positions)
+        return self._rotate_at(x.swapaxes(1, 2), positions)
 
-    def _rope_at(self, x: mx.array, positions: mx.array) -> mx.array:
+    def _rotate_at(self, x: mx.array, positions: mx.array) -> mx.array:
         """Rotate row r of (B, rows, heads, head_dim) at positions[..., r]; heads go before rows."""
         B, rows, heads, dim = x.shape
         positions = mx.broadcast_to(positions, (B, rows)).reshape(-1).astype(mx.int32)
@@ -100,35 +108,36 @@ class Attention(nn.Module):
         y = self.rope(x.reshape(B * rows, heads, 1, dim), offset=positions)
         return y.reshape(B, rows, heads, dim).swapaxes(1, 2)
 
-    def __call__(self, x: mx.array, step: Step, mask: Any | None, cache: Any | None) -> mx.array:
+    def __call__(self, x: mx.array, call: Call, mask: Any, cache: Any) -> mx.array:
         """Args: x (B, text rows + summary rows, hidden), normed. Returns the same shape, or the
         text rows only where summary rows end."""
-        B, L = x.shape[0], step.length
+        B, L = x.shape[0], call.length
         has_summaries = x.shape[1] > L
 
         k, sk = self._project("k", x, L)
         v, sv = self._project("v", x, L)
-        q, sq = self._project("q", x[:, :L] if self.last else x, L)
-        q, k, v = step.by_row(q), step.by_row(k), step.by_row(v)
-        q, k = self._rope_text(q, step.offset), self._rope_text(k, step.offset)
+        q, sq = self._project("q", x[:, :L] if self.last and has_summaries else x, L)
+        if len(call.steps) > 1:
+            q, k, v = call.by_row(q), call.by_row(k), call.by_row(v)
+        q, k = self._rotate_text(q, call.offset), self._rotate_text(k, call.offset)
+        summaries = text = None
         if has_summaries:
-            sk, sv = self._rope_at(sk, step.summary_positions), sv.swapaxes(1, 2)
-            if sq is not None:
-                sq = self._rope_at(sq, step.summary_positions)
+            summaries = self._rotate_at(sk, call.summary_positions), sv.swapaxes(1, 2)
 
         if self.window is None:
             # On whichever cache mlx-lm uses for it.
             if cache is not None:
                 k, v = cache.update_and_fetch(k, v)
-            out = full_attention(q, k, v, cache, mask)
-            text = step.full_text(k, v, cache) if has_summaries else None
+            out = full_attention(q, k, v, cache, mask, call)
+            if has_summaries:
+                text = full_text(k, v, cache, call)
         else:
-            summaries = (sk, sv) if has_summaries else None
-            out, text = step.text_attention(q, k, v, summaries, cache, self.window)
+            out, text = windowed_attention(q, k, v, summaries, cache, call, self.window)
         out = out.swapaxes(1, 2).reshape(B, L, -1)
         if has_summaries and not self.last:
-            rows = summary_attention(sq, sk, sv, *text, step.chunks).swapaxes(1, 2)
-            out = mx.concatenate([out, rows.reshape(B, step.rows, -1)], axis=1)
+            sq = self._rotate_at(sq, call.summary_positions)
+            rows = summary_attention(sq, *summaries, *text, call.chunks).swapaxes(1, 2)
+            out = mx.concatenate([out, rows.reshape(B, call.rows, -1)], axis=1)
         return self.o_proj(out)
 
 
@@ -144,19 +153,19 @@ class DecoderLayer(nn.Module):
             self.input_layernorm_summary = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def __call__(
-        self, h: mx.array, step: Step, mask: Any | None = None, cache: Any | None = None
+        self, h: mx.array, call: Call, mask: Any | None = None, cache: Any | None = None
     ) -> mx.array:
         """Args: h (B, text rows + summary rows, hidden). Returns the same shape, or the text rows
         only where summary rows end."""
-        L = step.length
+        L = call.length
         summaries = None
         if self.bypass and h.shape[1] > L:
             h, summaries = h[:, :L], h[:, L:]
         x = self.input_layernorm(h)
         if "input_layernorm_summary" in self and h.shape[1] > L:
             x = mx.concatenate([x[:, :L], self.input_layernorm_summary(h[:, L:])], axis=1)
-        r = self.self_attn(x, step, mask, cache)
-        h = h[:, : r.shape[1]] + r
+        r = self.self_attn(x, call, mask, cache)
+        h = (h if h.shape == r.shape else h[:, : r.shape[1]]) + r
         h = h + self.mlp(self.post_attention_layernorm(h))
         return h if summaries is None else mx.concatenate([h, summaries], axis=1)
 
@@ -169,6 +178,7 @@ class KSAModel(Pipeline, nn.Module):
         self.summary_embedding = mx.zeros((args.summary_token_num, args.hidden_size))
         self.layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.take_layers(0, None)
 
     def __call__(
         self,
@@ -180,35 +190,22 @@ class KSAModel(Pipeline, nn.Module):
         hidden states of the text, (B, L, hidden)."""
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         shape, cache = h.shape, cache or [None] * len(self.pipeline_layers)
-        # Full layers share one mask; their caches all hold the same text.
-        full = next((i for i, w in enumerate(self.windows) if w is None), None)
-        mask = None if full is None else create_attention_mask(h, cache[full])
-        step = self._plan(shape[1], cache)
-        for one in step.steps:
-            one.training = self.training
-        h = step.flat(h)
-        if step.rows:
-            rows = mx.tile(self.summary_embedding, (step.chunks, 1)).astype(h.dtype)
-            h = mx.concatenate([h, mx.broadcast_to(rows, (h.shape[0], *rows.shape))], axis=1)
-        h = self.receive(h, step.length)
-        for layer, c in zip(self.pipeline_layers, cache):
-            h = layer(h, step, mask, c)
-        h = self.send(h, step.length, shape, cache)
-        return self.norm(h)
-
-    def _plan(self, length: int, cache: list[Any]) -> Step:
         self._check(cache)
+        # Full layers share one mask; their caches all hold the same text.
+        mask = None if self.full is None else create_attention_mask(h, cache[self.full])
         # All windowed layers, also those of other machines, have summarised the same chunks.
-        windowed = next((i for i, w in enumerate(self.windows) if w is not None), None)
-        if windowed is None:
-            # A batch's offset is an array, which mlx-lm before 0.32 changes in place.
-            return Step(self.args, 0 if cache[0] is None else cache[0].offset + 0, length)
-        rolling = cache[windowed]
-        if rolling is None:
-            return Step.plan(self.args, 0, length, 0, cached=False)
-        if isinstance(rolling, BatchRollingSummaryCache):
-            return BatchStep(self.args, rolling, length)
-        return Step.plan(self.args, rolling.offset, length, rolling.summarised)
+        summarises = self.windowed is not None
+        call = Call(self.args, shape[1], cache[self.windowed or 0], summarises, self.training)
+        if len(call.steps) > 1:
+            h = h.reshape(1, call.length, -1)
+        if call.rows:
+            rows = mx.tile(self.summary_embedding, (call.chunks, 1)).astype(h.dtype)
+            h = mx.concatenate([h, mx.broadcast_to(rows, (h.shape[0], *rows.shape))], axis=1)
+        h = self.receive(h, call.length)
+        for layer, c in zip(self.pipeline_layers, cache, strict=True):
+            h = layer(h, call, mask, c)
+        h = self.send(h, call.length, shape, cache)
+        return self.norm(h)
 
     def _check(self, cache: list[Any]):
         """Refuse caches that are not this model's, or of which some hold more text than others."""
@@ -216,7 +213,7 @@ class KSAModel(Pipeline, nn.Module):
         if len(cache) != len(self.windows):
             raise ValueError(f"caches: found {len(cache)}, expected {len(self.windows)}; {advice}")
         ours = (RollingSummaryCache, BatchRollingSummaryCache)
-        for i, (c, window) in enumerate(zip(cache, self.windows)):
+        for i, (c, window) in enumerate(zip(cache, self.windows, strict=True)):
             if c is not None and isinstance(c, ours) != (window is not None):
                 expected = "KVCache" if window is None else "RollingSummaryCache"
                 raise ValueError(

@@ -1,16 +1,18 @@
-// Attention of 1 to 8 query rows a sequence over ranges of slots of its cache. The body of a kernel.
+// Attention of 1 to 8 query rows a sequence over ranges of slots of one cache, or of two. The body of a kernel.
 //
-// queries  (B, heads, L, D)        keys, values  (B, KV heads, capacity, D)
-// bounds   (B, segments, 8, 2)     row r of a sequence sees the slots from [r][0] to before [r][1] of each
-//                                  segment; the slots of different segments are different ones
-// out      (B, heads, L, D), or PARTIAL, for combine.metal: (B, KV heads, splits, rows, D + 2)
+// queries               (B, heads, L, D)
+// keys, values          (B, KV heads, capacity, D), or words of 4- or 8-bit elements, D * BITS / 32 a row
+// key_scales, ...       (B, KV heads, capacity, D / GROUP); where BITS is 0 anything: they are not read
+// bounds                (B, 8, 2)  row r of a sequence sees the slots from [r][0] to before [r][1]
+// more_keys, ...        a second cache, of other slots and perhaps other bits; it is read after the first
+// out                   (B, heads, L, D), or PARTIAL, for combine.metal: (B, KV heads, splits, rows, D + 2)
 //
 // A threadgroup has all rows of one KV head (its query heads times L), and one of `splits` equal parts of the
-// slots. Each key and value is loaded once. Template: T, O, D, C, N, TILE, PARTIAL; see visit().
+// slots. Each key and value is loaded once. Template: T, O, D, C, N, TILE, PARTIAL, see visit(); BITS, GROUP,
+// MORE_BITS, MORE_GROUP: the caches' formats.
 
 const int kv_heads = keys_shape[1];
 const int length = queries_shape[2];
-const int segments = bounds_shape[1];
 const int count = queries_shape[1] / kv_heads * length;
 const int head = threadgroup_position_in_grid.x;
 const int split = threadgroup_position_in_grid.y;
@@ -27,12 +29,20 @@ const int first = TILE == 0 ? 0 : static_cast<int>(simdgroup) * C;
 Rows<D, C> rows;
 start(rows, queries + which * count * D, first, count, lane);
 
-const device int* seen = bounds + sequence * segments * 2 * kRows;
-const int share = (visited(seen, segments, length) + splits - 1) / splits;
+const device int* seen = bounds + sequence * 2 * kRows;
+const device int* more_seen = more_bounds + sequence * 2 * kRows;
+const int2 some = seen_by_any(seen, length);
+const int2 more = seen_by_any(more_seen, length);
+const int share = (some.y - some.x + more.y - more.x + splits - 1) / splits;
 int begin = split * share;
 int end = begin + share;
-const Plain<T> cache = {keys + which * keys_shape[2] * D, values + which * keys_shape[2] * D};
-visit<D, C, N, TILE>(rows, cache, seen, segments, begin, end, first, length, tile, simdgroup, lane);
+const auto cache = from_row<D, BITS, GROUP>(
+    which * keys_shape[2], keys, key_scales, key_biases, values, value_scales, value_biases);
+visit<D, C, N, TILE>(rows, cache, seen, begin, end, first, length, tile, simdgroup, lane);
+const auto second = from_row<D, MORE_BITS, MORE_GROUP>(
+    which * more_keys_shape[2], more_keys, more_key_scales, more_key_biases, more_values, more_value_scales,
+    more_value_biases);
+visit<D, C, N, TILE>(rows, second, more_seen, begin, end, first, length, tile, simdgroup, lane);
 
 if (TILE == 0) {
   merge<D, C, N>(rows, tile, stats, simdgroup, lane);

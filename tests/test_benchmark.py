@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ksa_mlx.attention import kernels
+from ksa_mlx.attention import metal
 from ksa_mlx.benchmark import __main__ as benchmark
 from ksa_mlx.benchmark import building, models, plot
 from ksa_mlx.benchmark import kernels as benchmark_kernels
@@ -237,7 +237,7 @@ def test_times_of_kernels(run, monkeypatch):
     for constant, value in (("LAYERS", 2), ("ROWS", 33), ("COPY_BYTES", 1 << 12)):
         monkeypatch.setattr(benchmark_kernels, constant, value)
     argv = ["--kernels", "--shape", "wide", "--contexts", 1100, "--steps", 2, "--turns", 1]
-    with metal_cpu.running(reload=[kernels], check=False) as log:
+    with metal_cpu.running(reload=[metal], check=False) as log:
         rows = run(*argv)[0]["kernels"]
     names = ["decode", "decode, 8 bit", "decode, 4 bit", "prefill of 33"]
     assert [row["kernel"] for row in rows] == names

@@ -8,7 +8,8 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 import ksa_mlx
 from ksa_mlx.benchmark.models import filled, held_bytes
-from ksa_mlx.cache.rolling import STEP, RollingSummaryCache
+from ksa_mlx.cache.place import CAPACITY
+from ksa_mlx.cache.rolling import RollingSummaryCache
 
 from ._models import build, tokens, worst
 
@@ -36,9 +37,9 @@ def test_what_is_seen_is_contiguous():
     cache = ksa_mlx.make_cache(model)
     for n in range(1, 80):
         model(tokens(1), cache=cache)
-        start, stop = cache[0].visible
+        (seen,) = cache[0].visible
         first = max(0, (n - 1) // k - W)
-        assert stop - start == first * s + n - first * k
+        assert seen.stop - seen.start == first * s + n - first * k
 
 
 def test_capacity_grows_in_steps():
@@ -46,10 +47,11 @@ def test_capacity_grows_in_steps():
     cache, capacities = ksa_mlx.make_cache(model), []
     for _ in range(12):
         model(tokens(300), cache=cache)
-        capacities.append(cache[0].keys.shape[2])
+        (seen,) = cache[0].visible
+        capacities.append(seen.keys.shape[2])
     assert len(set(capacities)) < 8
-    held = cache[0].visible[1] - cache[0].visible[0]
-    assert held <= capacities[-1] <= held + STEP + 4
+    held = seen.stop - seen.start
+    assert held <= capacities[-1] <= held + CAPACITY + 4
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -79,7 +81,7 @@ def test_a_decode_step_copies_no_window(kv_heads):
 def test_rollback_is_for_ever():
     model = build()
     cache = ksa_mlx.make_cache(model, rollback=5)
-    for n in range(60):
+    for _n in range(60):
         assert all(c.is_trimmable() for c in cache)
         model(tokens(1), cache=cache)
     windowed = cache[0]
@@ -151,8 +153,10 @@ def test_save_and_load(tmp_path):
 def test_text_without_its_summaries_is_refused():
     cache = RollingSummaryCache(4, 1, 2)
     x = mx.zeros((1, 1, 4, 8))
-    cache.reserve(0, 12, x, x)
     for _ in range(3):
-        cache.append(x, x)
+        moves = cache.place.advance(4, 0, 0)
+        cache.begin(moves, (x, x), None)
+        cache.append(moves.pieces[0], x, x)
+        cache.end(moves)
     with pytest.raises(ValueError, match="0 chunks are summarised, 1 must be"):
-        cache.append(x, x)
+        cache.place.advance(4, 0, 0)

@@ -7,7 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ksa_mlx.attention import kernels
+from ksa_mlx.attention import decode, metal
+from ksa_mlx.attention.prefill import layout, prefill_kernel
 from ksa_mlx.naive import visibility
 
 from . import metal_cpu
@@ -26,14 +27,14 @@ from .metal_cpu import lint
 
 pytestmark = pytest.mark.skipif(not metal_cpu.available(), reason=str(metal_cpu.unavailable()))
 
-HEAD_DIMS = kernels.HEAD_DIMS
-SPLIT = 2 * kernels.SLOTS_PER_SPLIT  # more slots are split
+HEAD_DIMS = metal.HEAD_DIMS
+SPLIT = 2 * decode.SLOTS_PER_SPLIT  # more slots are split
 
 
 @pytest.fixture
 def run():
     """Run kernels in the instrument: run(settings) is a context that gives the log of launches."""
-    return lambda **settings: metal_cpu.running(reload=[kernels], **settings)
+    return lambda **settings: metal_cpu.running(reload=[metal], **settings)
 
 
 # ---- Decode
@@ -70,6 +71,11 @@ def spans(B, rows, slots, length):
     return out
 
 
+def tables(ranges):
+    """Bounds of the first and the second segment of `spans`."""
+    return [decode.bounds([one[i] for one in ranges]) for i in range(2)]
+
+
 def decode_case(run, dtype, dim, group, B, rows, keys, values, seed=0, **settings):
     rng = np.random.default_rng(seed)
     kv_heads = 2 if group <= 4 and keys < 300 else 1
@@ -79,7 +85,7 @@ def decode_case(run, dtype, dim, group, B, rows, keys, values, seed=0, **setting
     )
     ranges = spans(B, rows, slots, keys)
     with run(**settings) as log:
-        got = kernels.decode(q, k, v, kernels.bounds(ranges), keys)
+        got = decode.launch(q, [(k, v, table) for table in tables(ranges)], keys)
     close(got, over_slots(f64(q), f64(k), f64(v), ranges), TOLERANCE[dtype])
     return log, ranges
 
@@ -171,7 +177,7 @@ def test_a_single_visible_key_gives_its_value(run):
     rng = np.random.default_rng(3)
     q, k, v = adversarial("large", rng, mx.float32, 1, 2, 1, 1, 64, 50)
     with run(check=False):
-        got = kernels.decode(q, k, v, kernels.bounds([[[(17, 18)]]]), 1)
+        got = decode.launch(q, [(k, v, decode.bounds([[(17, 18)]]))], 1)
     assert mx.array_equal(got, mx.broadcast_to(v[:, :, 17:18], got.shape))
 
 
@@ -194,10 +200,12 @@ def test_decode_loads_what_is_visible_once(run, B, keys, rows, group):
     assert [one.kernel for one in log.launches] == ["ksa_decode", "ksa_combine"][
         : 1 + (keys > SPLIT)
     ]
-    for buffer in (launch.buffers["keys"], launch.buffers["values"]):
-        seen = visible_slots(ranges, buffer.shape[:3])
-        assert (buffer.touched == seen[..., None]).all()
-        assert buffer.loaded_elements == seen.sum() * 64
+    for kind in ("keys", "values"):
+        for i, one in enumerate((kind, f"more_{kind}")):
+            buffer = launch.buffers[one]
+            seen = visible_slots([of[i : i + 1] for of in ranges], buffer.shape[:3])
+            assert (buffer.touched == seen[..., None]).all()
+            assert buffer.loaded_elements == seen.sum() * 64
 
 
 def test_decode_parts_are_written_and_read_once(run):
@@ -222,24 +230,26 @@ def quantised_case(run, dtype, dim, group_size, bits, summary_bits, rows, B, key
 
     q = mx.array(rng.standard_normal((B, kv_heads * group, rows, dim)).astype(np.float32))
     q = q.astype(DTYPES[dtype])
-    text, ranges = (buffer(bits), buffer(bits)), spans(B, rows, slots, keys)
+    text, ranges = (buffer(bits), buffer(bits)), [one[:1] for one in spans(B, rows, slots, keys)]
 
     def held(x, bits):
         return f64(x) if bits == 16 else unpacked(*x, bits)
 
     k, v = (held(x, bits) for x in text)
-    second, seen = (), [list(one) for one in ranges]
+    second, seen = [], [list(one) for one in ranges]
     if summary_bits is not None:
         summaries = buffer(summary_bits), buffer(summary_bits)
-        other = spans(B, rows, slots, max(keys // 2, 1))
-        second = (*summaries, kernels.bounds(other))
+        other = [one[1:] for one in spans(B, rows, slots, max(keys // 2, 1))]
+        second = [(*summaries, decode.bounds([one[0] for one in other]))]
         k, v = (
-            np.concatenate([x, held(y, summary_bits)], axis=2) for x, y in zip((k, v), summaries)
+            np.concatenate([x, held(y, summary_bits)], axis=2)
+            for x, y in zip((k, v), summaries, strict=False)
         )
-        for one, more in zip(seen, other):
+        for one, more in zip(seen, other, strict=False):
             one += [[(slots + a, slots + b) for a, b in part] for part in more]
     with run(**settings) as log:
-        got = kernels.decode(q, *text, kernels.bounds(ranges), 2 * keys, *second)
+        first = (*text, decode.bounds([one[0] for one in ranges]))
+        got = decode.launch(q, [first, *second], 2 * keys)
     close(got, over_slots(f64(q), k, v, seen), TOLERANCE[dtype])
     return log, ranges, (other if second else None)
 
@@ -279,7 +289,7 @@ def test_quantised_decode_loads_what_is_visible_once(
         run, "float16", dim, group_size, bits, summary_bits, rows, 2, 30, orders=2
     )
     buffers = log.launches[0].buffers
-    for prefix, width, spans in (("", bits, ranges), ("summary_", summary_bits, other)):
+    for prefix, width, spans in (("", bits, ranges), ("more_", summary_bits, other)):
         if width is None:
             continue
         for kind in ("key", "value"):
@@ -299,10 +309,10 @@ def test_quantised_decode_refuses_other_formats(run):
     x = mx.zeros((1, 1, 64, 64))
     packed = mx.quantize(x, group_size=64, bits=2)
     with pytest.raises(ValueError, match="found 2 bits"):
-        kernels.decode(x[:, :, :1], packed, packed, kernels.bounds([[[(0, 1)]]]), 1)
+        decode.launch(x[:, :, :1], [(packed, packed, decode.bounds([[(0, 1)]]))], 1)
     packed = mx.quantize(x.astype(mx.float16), group_size=64, bits=8)
-    with pytest.raises(ValueError, match="found mlx.core.float16 scales"):
-        kernels.decode(x[:, :, :1], packed, packed, kernels.bounds([[[(0, 1)]]]), 1)
+    with pytest.raises(ValueError, match=r"found mlx.core.float16 scales"):
+        decode.launch(x[:, :, :1], [(packed, packed, decode.bounds([[(0, 1)]]))], 1)
 
 
 # ---- Prefill
@@ -314,7 +324,7 @@ def prefill_case(run, dtype, dim, group, B, length, offset, chunk, s, window, se
     offsets = [max(0, offset - 3 * b) for b in range(B)]
     rows = [max(1, length - 2 * b) for b in range(B)]
     starts = [max(0, o // chunk - window) * chunk for o in offsets]
-    ends = [o + n for o, n in zip(offsets, rows)]
+    ends = [o + n for o, n in zip(offsets, rows, strict=False)]
     left = [max(0, (end - 1) // chunk - window) * s + b for b, end in enumerate(ends)]
 
     def random(heads, n):
@@ -322,12 +332,12 @@ def prefill_case(run, dtype, dim, group, B, length, offset, chunk, s, window, se
         return mx.array(x).astype(DTYPES[dtype])
 
     q = random(group, length)
-    N = max(end - start for end, start in zip(ends, starts))
+    N = max(end - start for end, start in zip(ends, starts, strict=False))
     text = random(1, N), random(1, N)
     cache = random(1, max(left) + 4), random(1, max(left) + 4)
     with run(**settings) as log:
-        where = kernels.layout(rows, offsets, starts, left, chunk, s, window)
-        got = kernels.prefill(q, *text, *cache, where)
+        where = layout(rows, offsets, starts, left, chunk, s, window)
+        got = prefill_kernel(q, *text, *cache, where)
 
     expected = np.zeros(q.shape)
     (tk, tv), (ck, cv), queries = map(f64, text), map(f64, cache), f64(q)
@@ -439,7 +449,7 @@ def test_prefill_visits_the_tiles_that_are_seen(run, case):
     launch, visible, ends = prefill_case(run, **case)
     rows, width = 32, 32 if case["dim"] <= 128 else 16
     tiles = loaded_text = loaded_summaries = 0
-    for sees, end in zip(visible, ends):
+    for sees, end in zip(visible, ends, strict=False):
         for first in range(0, len(sees), rows):
             seen = sees[first : first + rows].any(axis=0)
             text, summaries = seen[:end].sum(), seen[end:].sum()
@@ -471,16 +481,16 @@ def every_kernel(dtype, dim, slots):
 
     cache = zeros(1, slots)
     for heads, rows, visited in ((1, 1, 1), (1, 8, 1), (4, 8, 1), (1, 1, SPLIT + 1)):
-        bounds = kernels.bounds([[[(0, 1)] * rows]])
-        kernels.decode(zeros(heads, rows), cache, cache, bounds, visited)
+        bounds = decode.bounds([[(0, 1)] * rows])
+        decode.launch(zeros(heads, rows), [(cache, cache, bounds)], visited)
         if dim % 32 == 0:
             packed = mx.quantize(cache, group_size=32, bits=4)
             wide = mx.quantize(cache, group_size=32, bits=8)
             more = cache, cache, bounds
-            kernels.decode(zeros(heads, rows), packed, packed, bounds, visited)
-            kernels.decode(zeros(heads, rows), wide, wide, bounds, visited, *more)
-    layout = kernels.layout([9], [0], [0], [1], 4, 1, 2)
-    kernels.prefill(zeros(1, 9), zeros(1, 9), zeros(1, 9), cache, cache, layout)
+            decode.launch(zeros(heads, rows), [(packed, packed, bounds)], visited)
+            decode.launch(zeros(heads, rows), [(wide, wide, bounds), more], visited)
+    where = layout([9], [0], [0], [1], 4, 1, 2)
+    prefill_kernel(zeros(1, 9), zeros(1, 9), zeros(1, 9), cache, cache, where)
 
 
 LINTED = [("float32", 32, 8), ("bfloat16", 128, 300), ("float16", 256, 300), ("bfloat16", 80, 8)]
@@ -498,7 +508,7 @@ def test_lint(run, monkeypatch, dtype, dim, slots):
             seen.add(kernel)
             assert lint.problems(kernel) == []
         assert not any(a.what == "data" and " constant " in a.declaration for a in kernel.arguments)
-        return [mx.zeros(s, dtype=d) for s, d in zip(output_shapes, output_dtypes)]
+        return [mx.zeros(s, dtype=d) for s, d in zip(output_shapes, output_dtypes, strict=False)]
 
     monkeypatch.setattr(metal_cpu.metal_kernel, "__call__", check)
     with run():

@@ -6,14 +6,15 @@ import mlx.core as mx
 import pytest
 
 from ksa_mlx import naive
-from ksa_mlx.attention import kernels
-from ksa_mlx.attention.windowed import Step
-from ksa_mlx.cache.rolling import make_cache
+from ksa_mlx.attention import decode, metal, prefill
+from ksa_mlx.attention.plan import Step
+from ksa_mlx.cache.make import make_cache
+from ksa_mlx.cache.storage import PLAIN, Affine, Segment
 
 from . import metal_cpu
 from ._models import VARIANTS, build, tokens, worst
 
-# The official outputs again, this time by the kernels.
+# The official outputs again, this time by the metal.
 from .test_goldens import (  # noqa: F401
     converted,
     golden,
@@ -30,8 +31,8 @@ DIM = {"head_dim": 32}
 @pytest.fixture(autouse=True)
 def log():
     """All tests here run with the kernels forced, in the instrument."""
-    instrument = metal_cpu.running(reload=[kernels], check=False, pretend_gpu=False)
-    with instrument as log, kernels.using("metal"):
+    instrument = metal_cpu.running(reload=[metal], check=False, pretend_gpu=False)
+    with instrument as log, metal.using("metal"):
         yield log
 
 
@@ -72,8 +73,8 @@ def test_quantised_caches(bits, text_bits, log):
         return [c.to_quantized(group_size=32, bits=bits) for c in cache]
 
     got = feed(model, text, [1, 2, 40, 1], caches())
-    assert log.of("ksa_decode_quantized") and log.of("ksa_prefill")
-    with kernels.using("ops"):
+    assert log.of("ksa_decode") and log.of("ksa_prefill")
+    with metal.using("ops"):
         expected = feed(model, text, [1, 2, 40, 1], caches())
     assert worst(got, expected) <= 1e-4
 
@@ -88,8 +89,9 @@ def test_a_decode_step_reads_what_it_sees(log):
         with metal_cpu.settings(check=True):
             model(text[:, at : at + 1], cache=cache)
         assert [launch.kernel for launch in log.launches] == ["ksa_decode"] * 3
-        for launch, held in zip(log.launches, cache):
-            start, stop = held.visible
+        for launch, held in zip(log.launches, cache, strict=False):
+            (seen,) = held.visible
+            start, stop = seen.start, seen.stop
             assert not launch.copies
             for buffer in (launch.buffers["keys"], launch.buffers["values"]):
                 assert buffer.touched[:, :, start:stop].all()
@@ -118,12 +120,18 @@ def test_gradients_do_not_meet_the_kernels(log):
 # ---- Choosing
 
 
-def asks(choice=None, dtype=mx.float32, dim=64, heads=2, kernel="decode"):
+def asks(choice=None, dtype=mx.float32, dim=64, heads=2, kernel="decode", bits=0):
+    """Whether the kernel runs for one query on 8 keys of one KV head."""
     queries, keys = mx.zeros((1, heads, 1, dim), dtype=dtype), mx.zeros((1, 1, 8, dim), dtype=dtype)
-    if choice is None:
-        return kernels.use(kernel, queries, keys)
-    with kernels.using(choice):
-        return kernels.use(kernel, queries, keys)
+    if choice is not None:
+        with metal.using(choice):
+            return asks(None, dtype, dim, heads, kernel, bits)
+    wanted = metal.wanted()
+    if kernel == "prefill":
+        return bool(wanted) and prefill._kernel_runs(wanted, queries, keys)
+    form = Affine(bits, 32) if bits else PLAIN
+    segment = Segment(*form.pair(form.encode(keys, keys)), 0, 8, form)
+    return bool(wanted) and decode._kernel_runs(wanted, queries, [segment])
 
 
 def test_forced():
@@ -135,16 +143,16 @@ def test_what_the_kernels_take():
     assert not asks("metal", dim=72)
     assert not asks("metal", heads=17)
     assert not asks("metal", dtype=mx.int32)
-    x = mx.zeros((1, 1, 8, 64))
-    with kernels.using("metal"):
-        for bits in (2, 4, 6, 8):
-            packed = mx.quantize(x, group_size=32, bits=bits)
-            assert kernels.use("decode", x, packed) == (bits in (4, 8))
-            assert not kernels.use("decode", x.astype(mx.float16), packed)
+    for bits in (2, 4, 6, 8):
+        assert asks("metal", bits=bits) == (bits in (4, 8))
+    queries, keys = mx.zeros((1, 1, 1, 64), dtype=mx.float16), mx.zeros((1, 1, 8, 64))
+    form = Affine(8, 32)
+    segment = Segment(*form.pair(form.encode(keys, keys)), 0, 8, form)
+    assert not decode._kernel_runs("metal", queries, [segment]), "scales of another dtype"
 
 
 def test_the_environment(monkeypatch):
-    monkeypatch.setattr(kernels, "_override", None)
+    monkeypatch.setattr(metal, "_override", None)
     for value, expected in (("metal", True), ("ops", False), ("auto", False)):
         monkeypatch.setenv("KSA_MLX_KERNELS", value)
         assert asks() == expected
@@ -154,10 +162,10 @@ def test_the_environment(monkeypatch):
         asks()
 
 
-@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", metal.DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", ["decode", "prefill"])
 def test_on_a_gpu_the_first_use_compares(kernel, dtype):
-    with metal_cpu.running(reload=[kernels], check=False) as log, warnings.catch_warnings():
+    with metal_cpu.running(reload=[metal], check=False) as log, warnings.catch_warnings():
         warnings.simplefilter("error")
         assert asks("auto", dtype, kernel=kernel)
         compared = len(log.launches)
@@ -182,8 +190,8 @@ def test_whatever_runs_was_compared(bits, text_bits, monkeypatch):
         to.update((launch.kernel, *launch.template.items()) for launch in log.launches)
         log.clear()
 
-    with metal_cpu.running(reload=[kernels], check=False) as log, kernels.using("auto"):
-        agrees = kernels._agrees
+    with metal_cpu.running(reload=[metal], check=False) as log, metal.using("auto"):
+        agrees = metal.agrees
 
         def watched(*asked):
             note(log, used)
@@ -191,7 +199,7 @@ def test_whatever_runs_was_compared(bits, text_bits, monkeypatch):
             note(log, compared)
             return found
 
-        monkeypatch.setattr(kernels, "_agrees", watched)
+        monkeypatch.setattr(metal, "agrees", watched)
         # Windowed text alone, then with summaries; few slots, then split ones.
         feed(model, text, [10, 230, 1, 2, 3, 5, 8, 40], cache)
         note(log, used)
@@ -206,9 +214,9 @@ def test_a_kernel_that_fails_is_replaced_with_one_warning(fault, monkeypatch):
             return 0.5
         raise (RuntimeError if fault == "does not compile" else ValueError)("line 1: error")
 
-    with metal_cpu.running(reload=[kernels]):
-        monkeypatch.setattr(kernels, "_decode_difference", difference)
-        monkeypatch.setattr(kernels, "_prefill_difference", difference)
+    with metal_cpu.running(reload=[metal]):
+        monkeypatch.setattr(decode, "_difference", difference)
+        monkeypatch.setattr(prefill, "_difference", difference)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for other in ({}, {}, {"dim": 128}, {"kernel": "prefill"}):
@@ -221,13 +229,13 @@ def test_a_kernel_that_fails_is_replaced_with_one_warning(fault, monkeypatch):
 
 def test_a_broken_source_is_noticed(monkeypatch):
     """The self-check sees a kernel that computes something else."""
-    with metal_cpu.running(reload=[kernels], check=False):
-        text = kernels.source("attention.h")
+    with metal_cpu.running(reload=[metal], check=False):
+        text = metal.source("decode.h")
         monkeypatch.setattr(
-            kernels,
+            metal,
             "source",
-            lambda name, source=kernels.source: (
-                text.replace("1.44269504f", "1.4f") if name == "attention.h" else source(name)
+            lambda name, source=metal.source: (
+                text.replace("1.44269504f", "1.4f") if name == "decode.h" else source(name)
             ),
         )
         with pytest.warns(RuntimeWarning, match="decode differs"):
@@ -237,14 +245,14 @@ def test_a_broken_source_is_noticed(monkeypatch):
 def test_sources_lie_beside_the_package_or_in_the_repository(tmp_path, monkeypatch):
     package = tmp_path / "site-packages" / "ksa_mlx"
     (package / "metal").mkdir(parents=True)
-    monkeypatch.setattr(kernels, "__file__", str(package / "attention" / "kernels.py"))
-    with pytest.raises(FileNotFoundError, match="decode.metal: not found in .*reinstall"):
-        kernels.source("decode.metal")
+    monkeypatch.setattr(metal, "__file__", str(package / "attention" / "metal.py"))
+    with pytest.raises(FileNotFoundError, match=r"decode.metal: not found in .*reinstall"):
+        metal.source("decode.metal")
     (tmp_path / "site-packages" / "metal").mkdir()
     (tmp_path / "site-packages" / "metal" / "decode.metal").write_text("repository")
-    assert kernels.source("decode.metal") == "repository"
+    assert metal.source("decode.metal") == "repository"
     (package / "metal" / "decode.metal").write_text("wheel")
-    assert kernels.source("decode.metal") == "wheel"
+    assert metal.source("decode.metal") == "wheel"
 
 
 def test_summary_rows_take_one_launch_of_mlx():

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from ksa_mlx.attention import kernels
+from ksa_mlx.attention import metal
 
 from . import metal_cpu
 from .test_kernels import decode_case, prefill_case, quantised_case
@@ -48,27 +48,27 @@ QUANTISED = {
 
 # The file; what is replaced, which time it occurs (from 0), by what; the case that notices.
 MUTANTS = {
-    "no barrier before a tile is overwritten": ("attention.h", BARRIER, 0, "", TILED),
-    "no barrier before a tile is read": ("attention.h", BARRIER, 1, "", TILED),
-    "no barrier before statistics are read": ("attention.h", BARRIER, 2, "", SHARED),
-    "no barrier before sums are read": ("attention.h", BARRIER, 3, "", SHARED),
-    "no barrier before sums are overwritten": ("attention.h", BARRIER, 4, "", SHARED),
-    "a barrier without memory": ("attention.h", "mem_threadgroup", 1, "mem_none", TILED),
-    "a barrier of the simdgroup": ("attention.h", "threadgroup_barrier", 3, "simdgroup_barrier", SHARED),
-    "one slot too many": ("attention.h", "slot < to", 0, "slot <= to", SHARED),
-    "one slot too few": ("attention.h", "slot < to", 0, "slot < to - 1", SHARED),
-    "the wrong rows see": ("attention.h", "first % count", 0, "0 % count", dict(TILED, rows=5)),
-    "the last slot hidden": ("attention.h", "slot < sees.y", 0, "slot < sees.y - 1", SHARED),
-    "no fading": ("attention.h", "fast::exp2(rows.best[c] - best)", 0, "1.0f", SHARED),
-    "infinite start": ("attention.h", "-3.402823466e+38f", 0, "-INFINITY", dict(SHARED, keys=1)),
-    "scores overflow": ("attention.h", "fast::exp2(score - best)", 0, "fast::exp2(score)", LARGE),
-    "no scale": ("attention.h", "precise::rsqrt(static_cast<float>(D))", 0, "1.0f", SHARED),
+    "no barrier before a tile is overwritten": ("decode.h", BARRIER, 0, "", TILED),
+    "no barrier before a tile is read": ("decode.h", BARRIER, 1, "", TILED),
+    "no barrier before statistics are read": ("decode.h", BARRIER, 2, "", SHARED),
+    "no barrier before sums are read": ("decode.h", BARRIER, 3, "", SHARED),
+    "no barrier before sums are overwritten": ("decode.h", BARRIER, 4, "", SHARED),
+    "a barrier without memory": ("decode.h", "mem_threadgroup", 1, "mem_none", TILED),
+    "a barrier of the simdgroup": ("decode.h", "threadgroup_barrier", 3, "simdgroup_barrier", SHARED),
+    "one slot too many": ("decode.h", "slot < to", 0, "slot <= to", SHARED),
+    "one slot too few": ("decode.h", "slot < to", 0, "slot < to - 1", SHARED),
+    "the wrong rows see": ("decode.h", "first % count", 0, "0 % count", dict(TILED, rows=5)),
+    "the last slot hidden": ("decode.h", "slot < sees.y", 0, "slot < sees.y - 1", SHARED),
+    "no fading": ("decode.h", "fast::exp2(rows.best[c] - best)", 0, "1.0f", SHARED),
+    "infinite start": ("common.h", "-3.402823466e+38f", 0, "-INFINITY", dict(SHARED, keys=1)),
+    "scores overflow": ("decode.h", "fast::exp2(score - best)", 0, "fast::exp2(score)", LARGE),
+    "no scale": ("decode.h", "precise::rsqrt(static_cast<float>(D))", 0, "1.0f", SHARED),
     "the next sequence's cache": ("decode.metal", "* kv_heads + head", 0, "+ head", SHARED),
     "an output unwritten": ("decode.metal", "c < C", 0, "c < C - 1", SHARED),
     "a split left out": ("decode.metal", "+ splits - 1) / splits", 0, ") / splits", SPLIT),
     "parts not weighted": ("combine.metal", "* fade", 1, "", SPLIT),
-    "the other half of a byte": ("attention.h", "low >> (e", 0, "low >> (4 - e", QUANTISED),
-    "another group's bias": ("attention.h", "groups + group)", 0, "groups)", QUANTISED),
+    "the other half of a byte": ("decode.h", "low >> (e", 0, "low >> (4 - e", QUANTISED),
+    "another group's bias": ("decode.h", "groups + group)", 0, "groups)", QUANTISED),
     "prefill, no barrier before keys": ("prefill.metal", BARRIER, 0, "", PREFILL),
     "prefill, keys read too early": ("prefill.metal", BARRIER, 1, "", PREFILL),
     "prefill, values too early": ("prefill.metal", BARRIER, 2, "", PREFILL),
@@ -96,13 +96,13 @@ def test_mutant(mutant):
 
     @contextmanager
     def run(**settings):
-        with metal_cpu.running(reload=[kernels], **settings) as log:
-            source = kernels.source
+        with metal_cpu.running(reload=[metal], **settings) as log:
+            source = metal.source
 
             def changed(name):
                 return replaced(source(name), old, which, new) if name == file else source(name)
 
-            kernels.source = changed
+            metal.source = changed
             yield log
 
     check = prefill_case if case is PREFILL else quantised_case if "bits" in case else decode_case

@@ -148,7 +148,7 @@ def test_argument_errors_are_those_of_mlx():
         )
     with pytest.raises(ValueError, match="greater than"):
         run("out[0] = x[0];", floats(8), threads=2048)
-    with pytest.raises(metal_cpu.CompileError, match="planted:1:.*undeclared"):
+    with pytest.raises(metal_cpu.CompileError, match=r"planted:1:.*undeclared"):
         run("out[0] = x[0] + nobody;", floats(8))
 
 

@@ -7,7 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ksa_mlx.attention import kernels
+from ksa_mlx.attention import decode, metal
+from ksa_mlx.attention.prefill import layout, prefill_kernel
 
 from . import metal_cpu, metal_cuda
 from .metal_cuda import gpu, stand_in
@@ -26,7 +27,7 @@ def collect(calls):
         for output in outputs:
             output[...] = 0
 
-    with stand_in.running(launch, reload=[kernels]):
+    with stand_in.running(launch, reload=[metal]):
         calls()
     return seen
 
@@ -43,16 +44,16 @@ def some_of_each():
         (mx.float16, 80, 4, 1, 1000),
     ):
         cache = zeros(dtype, 1, 32, dim)
-        bounds = kernels.bounds([[[(0, 1)] * rows]])
-        kernels.decode(zeros(dtype, heads, rows, dim), cache, cache, bounds, visited)
-    x, bounds = zeros(mx.float16, 1, 32, 128), kernels.bounds([[[(0, 1)]]])
+        bounds = decode.bounds([[(0, 1)] * rows])
+        decode.launch(zeros(dtype, heads, rows, dim), [(cache, cache, bounds)], visited)
+    x, bounds = zeros(mx.float16, 1, 32, 128), decode.bounds([[(0, 1)]])
     eight, four = (mx.quantize(x, group_size=64, bits=bits) for bits in (8, 4))
-    kernels.decode(x[:, :, :1], eight, eight, bounds, 1, four, four, bounds)
-    kernels.decode(x[:, :, :1], x, x, bounds, 1, four, four, bounds)
-    layout = kernels.layout([9], [0], [0], [1], 4, 1, 2)
+    for first in (eight, x):
+        decode.launch(x[:, :, :1], [(first, first, bounds), (four, four, bounds)], 1)
+    where = layout([9], [0], [0], [1], 4, 1, 2)
     for dtype, dim in ((mx.float32, 64), (mx.bfloat16, 256)):
         x = zeros(dtype, 1, 9, dim)
-        kernels.prefill(x, x, x, x, x, layout)
+        prefill_kernel(x, x, x, x, x, where)
 
 
 def test_kernels_compile():
@@ -60,7 +61,7 @@ def test_kernels_compile():
     ptx = metal_cuda.ptx(metal_cuda.cuda_source(sources.values()))
     found = dict(re.findall(r"\.entry (\w+)\(([^)]*)\)", ptx))
     assert set(found) == set(sources)
-    bodies = dict(zip(found, re.split(r"\.entry ", ptx)[1:]))
+    bodies = dict(zip(found, re.split(r"\.entry ", ptx)[1:], strict=False))
     for name, source in sources.items():
         assert found[name].count(".param") == len(source.arguments)
         body, combine = bodies[name], source.name == "ksa_combine"

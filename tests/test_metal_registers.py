@@ -3,7 +3,8 @@
 import mlx.core as mx
 import pytest
 
-from ksa_mlx.attention import kernels
+from ksa_mlx.attention import decode, metal
+from ksa_mlx.attention.prefill import layout, prefill_kernel
 
 from . import metal_cpu
 from .metal_cpu import registers
@@ -38,19 +39,19 @@ def launches(dim: int):
     x = zeros(1, 32)
     packed = {bits: mx.quantize(x, group_size=32, bits=bits) for bits in (4, 8)}
     for heads, rows in ((1, 1), (4, 1), (4, 2), (16, 1), (16, 8)):
-        bounds = kernels.bounds([[[(0, 1)] * rows]])
+        bounds = decode.bounds([[(0, 1)] * rows])
         for visited in (1, 1000):
-            kernels.decode(zeros(heads, rows), x, x, bounds, visited)
-        other = (packed[4], packed[4], bounds)
-        kernels.decode(zeros(heads, rows), packed[8], packed[8], bounds, 1, *other)
-    kernels.prefill(x, x, x, x, x, kernels.layout([32], [0], [0], [1], 4, 1, 2))
+            decode.launch(zeros(heads, rows), [(x, x, bounds)], visited)
+        both = [(packed[bits], packed[bits], bounds) for bits in (8, 4)]
+        decode.launch(zeros(heads, rows), both, 1)
+    prefill_kernel(x, x, x, x, x, layout([32], [0], [0], [1], 4, 1, 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_the_kernels_keep_nothing_in_memory(dim):
     sources = collect(lambda: launches(dim)).values()
-    assert {source.name for source in sources} >= {"ksa_decode", "ksa_decode_quantized"}
+    assert {source.name for source in sources} == {"ksa_decode", "ksa_combine", "ksa_prefill"}
     for source in sources:
         assert registers.in_memory(source) == [], (source.name, source.template)
 
@@ -58,8 +59,8 @@ def test_the_kernels_keep_nothing_in_memory(dim):
 @pytest.mark.slow
 def test_without_the_pragmas_they_would():
     def changed():
-        read = kernels.source
-        kernels.source = lambda name: read(name).replace("KSA_UNROLL\n", "\n")
+        read = metal.source
+        metal.source = lambda name: read(name).replace("KSA_UNROLL\n", "\n")
         launches(128)
 
     left = {x for source in collect(changed).values() for x in registers.in_memory(source)}

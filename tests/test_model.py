@@ -9,7 +9,8 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, trim_prompt_cache
 
 import ksa_mlx
 from ksa_mlx import naive
-from ksa_mlx.attention.windowed import BATCH, Step
+from ksa_mlx.attention.plan import CHUNKS, Step
+from ksa_mlx.cache.storage import segments_of
 
 from ._models import VARIANTS, build, tokens, worst
 
@@ -33,9 +34,9 @@ def rows_by_step(model, lengths):
     cache, rows = model.make_cache(), []
     for n in lengths:
         windowed = cache[model.args.last_windowed]
-        before = windowed.summarised
+        before = windowed.place.summarised
         model(tokens(n), cache=cache)
-        rows.append((windowed.summarised - before) * model.args.summary_token_num)
+        rows.append((windowed.place.summarised - before) * model.args.summary_token_num)
     return rows
 
 
@@ -60,15 +61,15 @@ def test_a_window_over_the_context_keeps_text_only():
 def test_summaries_are_late_and_in_batches():
     k, W = 4, 40
     model = build(summary_sliding_chunk_num=W, summary_chunk_size=k, mix_coeff=0)
-    # Token by token, no summary row while the window holds the text; then BATCH at a time.
-    rows = rows_by_step(model, [1] * ((W + 1) * k + 3 * BATCH * k + 1))
+    # Token by token, no summary row while the window holds the text; then CHUNKS at a time.
+    rows = rows_by_step(model, [1] * ((W + 1) * k + 3 * CHUNKS * k + 1))
     assert sum(rows[: (W + 1) * k]) == 0
     due = [i for i, r in enumerate(rows) if r]
-    assert due == [(W + 1) * k + i * BATCH * k for i in range(4)]
-    assert {rows[i] for i in due} == {BATCH}
+    assert due == [(W + 1) * k + i * CHUNKS * k for i in range(4)]
+    assert {rows[i] for i in due} == {CHUNKS}
     # Without a cache exactly those that are read; with one, filled up to a batch.
-    assert Step.plan(model.args, 0, (W + 1) * k + 1, 0, cached=False).rows == 1
-    for n, rows in (((W + 1) * k, 0), ((W + 1) * k + 1, BATCH), (500, 499 // k - W)):
+    assert Step.plan(model.args, 0, (W + 1) * k + 1, 0, cached=False).chunks == 1
+    for n, rows in (((W + 1) * k, 0), ((W + 1) * k + 1, CHUNKS), (500, 499 // k - W)):
         assert rows_by_step(model, [n]) == [rows]
 
 
@@ -188,7 +189,8 @@ def test_half_precision_stays(name, dtype):
     for n in (50, 1, 3):
         out = model(tokens(n), cache=cache)
         assert out.dtype == dtype and out.shape == (1, n, 64)
-    assert {x.dtype for c in cache for x in (c.keys, c.values)} == {dtype}
+    segments = [one for c in cache for one in segments_of(c)]
+    assert {x.dtype for one in segments for x in (one.keys, one.values)} == {dtype}
 
 
 def test_logits_are_cut():
@@ -245,7 +247,7 @@ def test_layers_that_hold_different_texts_are_refused():
     """A trim that raises in one layer may have trimmed another: nothing goes on from there."""
     model = build(summary_sliding_chunk_num=[2000, 1, 1])
     cache = ksa_mlx.make_cache(model, rollback=4)
-    for at in range(0, 60, 4):
+    for _at in range(0, 60, 4):
         model(tokens(4), cache=cache)
     with pytest.raises(ValueError, match="cannot take back 40 of 60 tokens"):
         trim_prompt_cache(cache, 40)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from ksa_mlx.attention import windowed
-from ksa_mlx.cache.rolling import RollingSummaryCache
+from ksa_mlx.attention.plan import Step, block_mask
+from ksa_mlx.cache.place import Place
 
 from .data import ASSISTANT, END, SYSTEM, USER, Composer, Document, Fact, Style
 
@@ -73,23 +73,23 @@ def notebook(
 @contextmanager
 def hidden_summaries():
     """The control: no text token sees a summary. All else is the model as it is."""
-    blocks, visible = windowed.Step.blocks, RollingSummaryCache.visible
+    blocks, seen = Step.blocks, Place.seen
 
     def text_only(step, window):
         k, s = step.args.summary_chunk_size, step.args.summary_token_num
         return [
-            (a, b, text, 0, windowed._block_mask(a, b, text, 0, k, s, window))
+            (a, b, text, 0, block_mask(a, b, text, 0, k, s, window))
             for a, b, text, _, _ in blocks(step, window)
         ]
 
-    windowed.Step.blocks = text_only
-    RollingSummaryCache.visible = property(
-        lambda cache: (cache.summaries_end, visible.fget(cache)[1])
-    )
+    Step.blocks = text_only
+    Place.seen = property(lambda place: (0, seen.fget(place)[1]))
+    Place.advance.cache_clear()
     try:
         yield
     finally:
-        windowed.Step.blocks, RollingSummaryCache.visible = blocks, visible
+        Step.blocks, Place.seen = blocks, seen
+        Place.advance.cache_clear()
 
 
 def answer(model, cache, ids: list[int], end_id: int) -> list[int]:

@@ -13,8 +13,11 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
-from ..attention import kernels
-from ..attention import windowed as attention
+from ..attention import metal
+from ..attention.decode import decode_kernel
+from ..attention.plan import Step
+from ..attention.prefill import layout, prefill_kernel, prefill_ops
+from ..cache.storage import PLAIN, Affine, Segment
 from ..errors import KSAError
 from ..model import ModelArgs
 from .results import Results
@@ -83,9 +86,9 @@ def decode(args: ModelArgs, n: int, dtype: mx.Dtype, bits: int, layers: int) -> 
             ops.append(partial(sdpa, k=k, v=v))
         mx.eval(cache)
         keys, values = cache
-        kernel.append(
-            partial(kernels.decode_last, keys=keys, values=values, start=start, stop=stop)
-        )
+        form = Affine(bits, GROUP) if bits < 16 else PLAIN
+        segment = Segment(keys, values, start, stop, form)
+        kernel.append(partial(decode_kernel, segments=[segment]))
     if bits < 16:
         floats = ([x[0], *(y.astype(mx.float32) for y in x[1:])] for x in cache)
         cache = [mx.dequantize(*x, GROUP, bits) for x in floats]
@@ -109,12 +112,12 @@ def prefill(args: ModelArgs, n: int, dtype: mx.Dtype, rows: int) -> Case:
     rows = min(rows, n)
     offset, chunks = n - rows, max(0, (n - 1) // k - window)
     start, left = max(0, offset // k - window) * k, chunks * s
-    step = attention.Step.plan(args, offset, rows, chunks)
+    step = Step.plan(args, offset, rows, chunks)
     text = [random(kv_heads, n - start, args, dtype) for _ in range(2)]
     held = [random(kv_heads, left + 32, args, dtype) for _ in range(2)]
     visible = [x[:, :, :left] for x in held]
     exact = [x.astype(mx.float32) for x in (*text, *visible)]
-    where = kernels.layout([rows], [offset], [start], [left], k, s, window)
+    where = layout([rows], [offset], [start], [left], k, s, window)
     mx.eval(text, held, where)
 
     def seen(first, last):
@@ -126,9 +129,9 @@ def prefill(args: ModelArgs, n: int, dtype: mx.Dtype, rows: int) -> Case:
         f"prefill of {rows}",
         n,
         random(heads, rows, args, dtype),
-        [lambda q: kernels.prefill(q, *text, *held, where)],
-        [lambda q: attention._blocks(q, *text, start, visible, step, window)],
-        lambda q: attention._blocks(q, *exact[:2], start, exact[2:], step, window),
+        [lambda q: prefill_kernel(q, *text, *held, where)],
+        [lambda q: prefill_ops(q, *text, start, visible, step, window)],
+        lambda q: prefill_ops(q, *exact[:2], start, exact[2:], step, window),
         2 * heads * dim * dtype.size * sum(seen(a, b) for a, b in tiles),
         heads * sum(seen(p, p) for p in range(offset, n)),
     )
@@ -331,7 +334,7 @@ def run(
             table.add(*times_cells(row))
         return
     table = counts_table()
-    with instrument.running(reload=[kernels]) as log:
+    with instrument.running(reload=[metal]) as log:
         for case in cases(args, contexts, dtype, 1, COUNTED_ROWS):
             with bar(f"executing {case.name} at {case.context} tokens"):
                 row = count(case, log)

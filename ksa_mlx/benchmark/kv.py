@@ -5,7 +5,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..cache.rolling import make_cache
+from ..cache.make import make_cache
 from .models import filled
 from .timing import Table, bar, in_turns, ratio, size, spread
 

@@ -82,18 +82,18 @@ def filled(cache, args: ModelArgs, n: int, dtype: mx.Dtype, random: bool = True)
     """Fill one layer's cache as after n tokens, with random keys and values, or with zeros."""
     like = mx.zeros((1, args.num_key_value_heads, 1, args.head_dim), dtype)
     if isinstance(cache, RollingSummaryCache):
-        chunks = max(0, (n - 1) // cache.chunk - cache.window)
-        cache.reserve(chunks, n, like, like)
-        cache.offset, cache.summarised, cache._oldest = n, chunks, chunks
+        place, storage = cache.place, cache.storage
+        chunks = max(0, (n - 1) // place.chunk - place.window)
+        cache.place = place._replace(offset=n, summarised=chunks, oldest=chunks)
+        text = min(n, (place.window + 1) * place.chunk)
+        storage.reserve(chunks * place.summary_tokens, text, like, like)
+        if random:
+            storage.text.planes = [mx.random.normal(x.shape, dtype) for x in storage.text.planes]
     else:
-        cache.keys = cache.values = mx.zeros(
-            (*like.shape[:2], -(-n // 256) * 256, args.head_dim), dtype
-        )
-        cache.offset = n
-    if random:
-        cache.keys = mx.random.normal(cache.keys.shape, dtype)
-        cache.values = mx.random.normal(cache.values.shape, dtype)
-    mx.eval(cache.keys, cache.values)
+        shape = (*like.shape[:2], -(-n // 256) * 256, args.head_dim)
+        make = mx.random.normal if random else mx.zeros
+        cache.keys, cache.values, cache.offset = make(shape, dtype), make(shape, dtype), n
+    mx.eval(cache.state)
     return cache
 
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache
 
-from ..cache.rolling import make_cache
+from ..cache.make import make_cache
 from .models import filled, keys_read
 from .timing import Table, bar, in_turns, ratio, size, spread
 

@@ -37,7 +37,11 @@ def settle(cache: list[Any]) -> int:
     if not all(type(offset) is int for offset in offsets):
         return 0
     shortest = min(offsets)
-    ahead = [(c, offset - shortest) for c, offset in zip(cache, offsets) if offset > shortest]
+    ahead = [
+        (c, offset - shortest)
+        for c, offset in zip(cache, offsets, strict=True)
+        if offset > shortest
+    ]
     if not all(c.is_trimmable() for c, _ in ahead):
         return 0
     try:

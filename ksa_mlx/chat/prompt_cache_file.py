@@ -18,6 +18,7 @@ from mlx_lm.models.cache import (
 from safetensors import SafetensorError, safe_open
 
 from ..cache.rolling import RollingSummaryCache
+from ..cache.storage import segments_of
 from ..errors import SessionError, one_line
 from ..files import replaced
 
@@ -115,24 +116,21 @@ def check(file: Path, model, cache: list[Any], offset: int):
         )
     for layer, (c, e) in enumerate(zip(cache, expected, strict=True)):
         if isinstance(e, RollingSummaryCache):
-            same = isinstance(c, RollingSummaryCache) and _geometry(c) == _geometry(e)
+            same = isinstance(c, RollingSummaryCache) and c.place[:3] == e.place[:3]
         else:
             same = isinstance(c, (KVCache, QuantizedKVCache))
-        same = same and c.offset == offset and c.keys is not None
-        for x in (c.keys, c.values) if same else ():
-            dim = args.head_dim
-            if hasattr(c, "bits"):  # (packed, scales, biases): a scale a group
-                x, dim = x[1], dim // c.group_size
-            same = same and x.ndim == 4
-            same = same and (*x.shape[:2], x.shape[3]) == (1, args.num_key_value_heads, dim)
+        same = same and c.offset == offset and not c.empty()
+        for one in segments_of(c) if same else ():
+            for x in (one.keys, one.values):
+                dim = args.head_dim
+                if one.form.bits:  # (packed, scales, biases): a scale a group
+                    x, dim = x[1], dim // one.form.group_size
+                same = same and x.ndim == 4
+                same = same and (*x.shape[:2], x.shape[3]) == (1, args.num_key_value_heads, dim)
         if not same:
             raise SessionError(
                 f"{file}: layer {layer} does not hold {offset:,} tokens of this model"
             )
-
-
-def _geometry(cache: RollingSummaryCache) -> tuple[int, int, int]:
-    return cache.chunk, cache.summary_tokens, cache.window
 
 
 def cache_file(file: Path) -> Path:

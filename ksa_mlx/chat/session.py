@@ -13,8 +13,8 @@ from mlx_lm import stream_generate
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..cache.make import make_cache
 from ..cache.rollback import settle
-from ..cache.rolling import make_cache
 from ..errors import SessionError
 from ..model import Model
 from ..references.trace import Trace, question_start, trace_answer

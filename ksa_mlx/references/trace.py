@@ -16,7 +16,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..cache.rolling import RollingSummaryCache, make_cache
+from ..cache.make import make_cache
+from ..cache.rolling import RollingSummaryCache
 
 # Keys whose scores are held at once: bounds the workspace at heads x k x BLOCK.
 BLOCK = 4096
@@ -286,8 +287,7 @@ class _Observed:
 
     def __call__(self, h, step, mask=None, cache=None):
         attn, L = self.layer.self_attn, step.length
-        queries = attn._project("q", self.layer.input_layernorm(h[:, :L]), L)[0]
-        queries = attn._rope_text(queries, step.offset)
+        queries = attn.text_queries(self.layer.input_layernorm(h[:, :L]), step.offset)
         out = self.layer(h, step, mask, cache)
         self.report(chunk_mass(queries, cache, step.chunk, self.split))
         return out
@@ -346,14 +346,14 @@ def _visible_keys(cache, k: int) -> Iterator[tuple[mx.array, int, int | None]]:
     """Blocks of the keys that the last token sees, oldest first: (keys (KV heads, ..., head_dim),
     keys a chunk, position of the first; None for summaries)."""
     if isinstance(cache, RollingSummaryCache):
-        current = (cache.offset - 1) // k
-        oldest = max(0, current - cache.window)
+        place = cache.place
+        oldest = max(0, place.open - place.window)
         if oldest:
-            keys, n = cache.summaries(oldest)[0][:, :, ::-1], cache.summary_tokens
+            keys, n = cache.summaries(oldest)[0][:, :, ::-1], place.summary_tokens
             size = max(1, BLOCK // n) * n
             for a in range(0, keys.shape[2], size):
                 yield keys[0, :, a : a + size], n, None
-        keys, first = cache.text(oldest, current + 1)[0], oldest * k
+        keys, first = cache.text(oldest)[0], oldest * k
     else:
         keys, first = cache.keys, 0
     size = max(1, BLOCK // k) * k

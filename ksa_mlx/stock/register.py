@@ -15,7 +15,6 @@ import mlx_lm.utils
 from transformers import AutoConfig, Qwen3Config
 
 from .. import model
-from ..cache.quantized import MixedRollingSummaryCache, QuantizedRollingSummaryCache
 from ..cache.rolling import RollingSummaryCache
 from ..checkpoint import load as checkpoint
 from ..checkpoint.source import read_json
@@ -23,8 +22,6 @@ from ..config import MODEL_TYPE, is_ksa
 
 # The name of `model_file.py` in a converted folder.
 MODEL_FILE = "ksa_model.py"
-
-CACHES = (RollingSummaryCache, QuantizedRollingSummaryCache, MixedRollingSummaryCache)
 
 _MODULE = f"mlx_lm.models.{MODEL_TYPE}"
 
@@ -35,18 +32,17 @@ class _Config(Qwen3Config):
 
 def register():
     """Make mlx-lm know the caches and the model, unless it brings its own. Idempotent."""
-    know_caches()
+    know_cache()
     if _MODULE not in sys.modules and importlib.util.find_spec(_MODULE) is None:
         know_model()
         know_config()
         load_ours()
 
 
-def know_caches():
+def know_cache():
     """`load_prompt_cache` looks classes up by name in its own module (mlx-lm#80, #1578)."""
-    for cache in CACHES:
-        if not hasattr(mlx_lm.models.cache, cache.__name__):
-            setattr(mlx_lm.models.cache, cache.__name__, cache)
+    if not hasattr(mlx_lm.models.cache, "RollingSummaryCache"):
+        mlx_lm.models.cache.RollingSummaryCache = RollingSummaryCache
 
 
 def know_model():

@@ -6,7 +6,7 @@ has each launch checked.
 
 import time
 
-from ksa_mlx.attention import kernels
+from ksa_mlx.attention import metal
 
 from .. import test_kernels as cases
 from .._kernels import name
@@ -34,7 +34,7 @@ QUANTISED = {
 
 def main():
     def run(**_):
-        return stand_in.running(gpu.launch, reload=[kernels])
+        return stand_in.running(gpu.launch, reload=[metal])
 
     todo = [(cases.decode_case, case) for case in (*cases.CHECKED, LONG)]
     todo += [(cases.quantised_case, dict(QUANTISED, keys=n)) for n in (30, 300)]

@@ -1,19 +1,7 @@
-// What the attention kernels share.
-#include <metal_simdgroup>
-#include <metal_simdgroup_matrix>
-
-using namespace metal;
-
-// Where a running maximum starts. Not -infinity: the difference of two must be a number.
-constant constexpr float kLowest = -3.402823466e+38f;
+// Decode: rows, loads and softmax. A simdgroup holds C query rows, its lanes neighbouring elements of each.
 
 // Query rows of one launch, and so rows in a table of bounds.
 constant constexpr int kRows = 8;
-
-// Private arrays are registers only where the loops over them are unrolled.
-#define KSA_UNROLL _Pragma("clang loop unroll(full)")
-
-// ---- Decode: a simdgroup holds C query rows, its lanes neighbouring elements of each.
 
 // Elements of a head that a lane holds. Lanes beyond head_dim / elements(head_dim) hold zeros.
 constexpr int elements(int head_dim) {
@@ -198,8 +186,7 @@ inline Plain<T> from_row(
   return {keys + at * D, values + at * D};
 }
 
-// The slots that any of `count` rows sees of a segment: from x to before y, of which `bounds` has one
-// pair for each row.
+// The slots that any of `count` rows sees: from x to before y, of which `bounds` has one pair for each row.
 inline int2 seen_by_any(const device int* bounds, int count) {
   int first = 0x7fffffff;
   int last = 0;
@@ -212,22 +199,12 @@ inline int2 seen_by_any(const device int* bounds, int count) {
   return int2(min(first, last), last);
 }
 
-// How many slots are visited in all segments.
-inline int visited(const device int* bounds, int segments, int count) {
-  int total = 0;
-  for (int s = 0; s < segments; s++) {
-    const int2 slots = seen_by_any(bounds + s * 2 * kRows, count);
-    total += slots.y - slots.x;
-  }
-  return total;
-}
-
 // Bit r says whether lane r, which holds what row r sees, sees this slot.
 inline uint seen_bits(int slot, int2 sees) {
   return static_cast<uint>(static_cast<simd_vote::vote_t>(simd_ballot(slot >= sees.x && slot < sees.y)));
 }
 
-// Let the rows of a threadgroup attend to the slots begin .. end - 1, counted over all segments of a
+// Let the rows of a threadgroup attend to the slots begin .. end - 1 of those that any of them sees of a
 // cache; both are counted on from its end afterwards.
 //
 // N simdgroups. With TILE = 0 all hold the same rows, and each reads every N-th slot for itself. Else they
@@ -237,7 +214,6 @@ inline void visit(
     thread Rows<D, C>& rows,
     const thread Cache& cache,
     const device int* bounds,
-    int segments,
     thread int& begin,
     thread int& end,
     int first,
@@ -248,42 +224,40 @@ inline void visit(
   constexpr int E = elements(D);
   float key[E];
   float value[E];
-  for (int s = 0; s < segments; s++, bounds += 2 * kRows) {
-    const int2 slots = seen_by_any(bounds, count);
-    const int from = slots.x + max(begin, 0);
-    const int to = min(slots.x + end, slots.y);
-    begin -= slots.y - slots.x;
-    end -= slots.y - slots.x;
-    // Lane r knows what row r sees.
-    const int row = min(static_cast<int>(lane), count - 1);
-    const int2 sees = int2(bounds[2 * row], bounds[2 * row + 1]);
-    if (TILE == 0) {
-      for (int slot = from + static_cast<int>(simdgroup); slot < to; slot += N) {
-        load<D>(cache, slot, lane, key, value);
-        attend(rows, key, value, seen_bits(slot, sees), first, count);
-      }
-      continue;
+  const int2 slots = seen_by_any(bounds, count);
+  const int from = slots.x + max(begin, 0);
+  const int to = min(slots.x + end, slots.y);
+  begin -= slots.y - slots.x;
+  end -= slots.y - slots.x;
+  // Lane r knows what row r sees.
+  const int row = min(static_cast<int>(lane), count - 1);
+  const int2 sees = int2(bounds[2 * row], bounds[2 * row + 1]);
+  if (TILE == 0) {
+    for (int slot = from + static_cast<int>(simdgroup); slot < to; slot += N) {
+      load<D>(cache, slot, lane, key, value);
+      attend(rows, key, value, seen_bits(slot, sees), first, count);
     }
-    for (int start = from; start < to; start += TILE) {
-      const int size = min(TILE, to - start);
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      for (int i = static_cast<int>(simdgroup); i < size; i += N) {
-        load<D>(cache, start + i, lane, key, value);
-        KSA_UNROLL
-        for (int e = 0; e < E; e++) {
-          tile[2 * i * 32 * E + lane * E + e] = key[e];
-          tile[(2 * i + 1) * 32 * E + lane * E + e] = value[e];
-        }
+    return;
+  }
+  for (int start = from; start < to; start += TILE) {
+    const int size = min(TILE, to - start);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = static_cast<int>(simdgroup); i < size; i += N) {
+      load<D>(cache, start + i, lane, key, value);
+      KSA_UNROLL
+      for (int e = 0; e < E; e++) {
+        tile[2 * i * 32 * E + lane * E + e] = key[e];
+        tile[(2 * i + 1) * 32 * E + lane * E + e] = value[e];
       }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      for (int i = 0; i < size; i++) {
-        KSA_UNROLL
-        for (int e = 0; e < E; e++) {
-          key[e] = tile[2 * i * 32 * E + lane * E + e];
-          value[e] = tile[(2 * i + 1) * 32 * E + lane * E + e];
-        }
-        attend(rows, key, value, seen_bits(start + i, sees), first, count);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = 0; i < size; i++) {
+      KSA_UNROLL
+      for (int e = 0; e < E; e++) {
+        key[e] = tile[2 * i * 32 * E + lane * E + e];
+        value[e] = tile[(2 * i + 1) * 32 * E + lane * E + e];
       }
+      attend(rows, key, value, seen_bits(start + i, sees), first, count);
     }
   }
 }

@@ -1,0 +1,48 @@
+"""Attention over all of the text: full layers, and MLX's attention block by block."""
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.base import scaled_dot_product_attention
+
+from ..cache.storage import part_of, segments_of
+from .decode import attend, decode
+from .plan import Call
+
+
+def full_attention(
+    queries: mx.array, keys: Any, values: Any, cache: Any, mask: Any, call: Call
+) -> mx.array:
+    """Attention of queries (B, heads, L, head_dim) over all of keys and values, which are as
+    `cache`, one of mlx-lm's, hands them out; mask: None, "causal" or an array."""
+    if isinstance(keys, mx.array):
+        return attend(queries, keys, values, mask)
+    if isinstance(mask, mx.array):
+        # mlx-lm's function reads a quantised cache as it is.
+        scale = queries.shape[-1] ** -0.5
+        return scaled_dot_product_attention(queries, keys, values, cache, scale=scale, mask=mask)
+    return decode(queries, segments_of(cache), call.kernels)
+
+
+def full_text(keys: Any, values: Any, cache: Any, call: Call) -> tuple[mx.array, mx.array]:
+    """The text of the chunks that a call summarises, in a full layer.
+
+    Args: keys, values: as `cache`, one of mlx-lm's or None, hands them out, quantised or not; in
+    a batch the text of row b begins at slot left_padding[b]. Returns keys and values, (B or 1, KV
+    heads, tokens, head_dim).
+    """
+    if len(call.steps) == 1 and not hasattr(cache, "left_padding"):
+        step = call.steps[0]
+        if isinstance(keys, mx.array):
+            return tuple(step.text(keys, values))
+        k = step.args.summary_chunk_size
+        where = step.first * k, step.last * k
+        form = segments_of(cache)[0].form
+        return form.decode([*part_of(keys, *where), *part_of(values, *where)])
+    parts = []
+    for b, step in enumerate(call.steps):
+        if step.chunks:
+            k = step.args.summary_chunk_size
+            slots = mx.arange(step.first * k, step.last * k) + cache.left_padding[b]
+            parts.append([mx.take(x[b : b + 1], slots, axis=2) for x in (keys, values)])
+    return tuple(mx.concatenate(x, axis=2) for x in zip(*parts, strict=True))

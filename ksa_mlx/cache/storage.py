@@ -1,0 +1,284 @@
+"""In which form keys and values are held, and what attention reads of them: segments.
+
+Keys and values that are held are a list of planes: two arrays (keys, values), or in mlx's affine
+format six (packed, scales, biases of the keys, then of the values); in all of them axis 2 counts
+tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .place import CAPACITY
+
+Planes = list[mx.array]
+Held = mx.array | tuple[mx.array, mx.array, mx.array]  # keys or values: plain, or affine
+
+
+class Plain:
+    """Keys and values as they come."""
+
+    bits = group_size = 0
+
+    def encode(self, keys: mx.array, values: mx.array) -> Planes:
+        return [keys, values]
+
+    def decode(self, planes: Planes) -> tuple[mx.array, mx.array]:
+        return planes[0], planes[1]
+
+    def pair(self, planes: Planes) -> tuple[Held, Held]:
+        return planes[0], planes[1]
+
+    def scores(self, queries: mx.array, keys: Held) -> mx.array:
+        """Queries (B, KV heads, group, L, head_dim) times keys (B, KV heads, n, head_dim)."""
+        return queries @ keys[:, :, None].swapaxes(-1, -2)
+
+    def weigh(self, weights: mx.array, values: Held) -> mx.array:
+        """Weights (B, KV heads, group, L, n) times values (B, KV heads, n, head_dim)."""
+        return weights @ values[:, :, None]
+
+
+class Affine:
+    """Keys and values in mlx's affine format.
+
+    Raises ValueError for a head_dim that is no multiple of the group size.
+    """
+
+    def __init__(self, bits: int, group_size: int):
+        self.bits, self.group_size = bits, group_size
+
+    def encode(self, keys: mx.array, values: mx.array) -> Planes:
+        if keys.shape[-1] % self.group_size:
+            raise ValueError(
+                f"kv group size: found {self.group_size}, expected a divisor of "
+                f"head_dim = {keys.shape[-1]}"
+            )
+        size, bits = self.group_size, self.bits
+        return [*mx.quantize(keys, size, bits), *mx.quantize(values, size, bits)]
+
+    def decode(self, planes: Planes) -> tuple[mx.array, mx.array]:
+        keys, values = self.pair(planes)
+        return self._plain(keys), self._plain(values)
+
+    def _plain(self, x: Held) -> mx.array:
+        return mx.dequantize(*x, group_size=self.group_size, bits=self.bits)
+
+    def pair(self, planes: Planes) -> tuple[Held, Held]:
+        return tuple(planes[:3]), tuple(planes[3:])
+
+    def _times(self, x: mx.array, held: Held, transpose: bool) -> mx.array:
+        packed, scales, biases = held
+        return mx.quantized_matmul(
+            x,
+            packed[:, :, None],
+            scales[:, :, None],
+            biases[:, :, None],
+            transpose=transpose,
+            group_size=self.group_size,
+            bits=self.bits,
+        )
+
+    def scores(self, queries: mx.array, keys: Held) -> mx.array:
+        return self._times(queries, keys, True)
+
+    def weigh(self, weights: mx.array, values: Held) -> mx.array:
+        return self._times(weights, values, False)
+
+
+Form = Plain | Affine
+PLAIN = Plain()
+
+
+class Segment(NamedTuple):
+    """What attention reads: the slots start .. stop - 1 of a buffer's keys and values.
+
+    keys, values: the whole buffers, (B, KV heads, capacity, head_dim) or three such planes.
+    """
+
+    keys: Held
+    values: Held
+    start: int
+    stop: int
+    form: Form
+
+    def behind(self, arrays: list[mx.array]) -> "Segment":
+        """The same; whoever evaluates it evaluates these arrays too."""
+        pair = (
+            mx.depends([x], arrays)[0] if isinstance(x, mx.array) else tuple(mx.depends(x, arrays))
+            for x in self[:2]
+        )
+        return Segment(*pair, *self[2:])
+
+
+def segments_of(cache: Any) -> list[Segment]:
+    """What a cache's last token sees, of ours or of mlx-lm's KVCache or QuantizedKVCache."""
+    if hasattr(cache, "visible"):
+        return cache.visible
+    form = Affine(cache.bits, cache.group_size) if hasattr(cache, "bits") else PLAIN
+    return [Segment(cache.keys, cache.values, 0, cache.offset, form)]
+
+
+def part_of(x: Held, start: int, stop: int) -> Held:
+    """The tokens start .. stop - 1 of keys or values."""
+    if isinstance(x, mx.array):
+        return x[:, :, start:stop]
+    packed, scales, biases = x
+    return packed[:, :, start:stop], scales[:, :, start:stop], biases[:, :, start:stop]
+
+
+def join(parts: list[Planes]) -> Planes:
+    """Several pieces of text as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return [mx.concatenate(planes, axis=2) for planes in zip(*parts, strict=True)]
+
+
+class Buffer:
+    """Slots of keys and values in one form; planes is empty until there is room."""
+
+    def __init__(self, form: Form):
+        self.form = form
+        self.planes: Planes = []
+
+    @property
+    def slots(self) -> int:
+        return self.planes[0].shape[2] if self.planes else 0
+
+    def grow(self, like: Planes, right: int, left: int = 0):
+        """Make room for so many more slots on either side; like: one token as it is held."""
+        sides = []
+        for x in like:
+            B, heads, _, dim = x.shape
+            sides.append([mx.zeros((B, heads, n, dim), x.dtype) for n in (left, right)])
+        if self.planes:
+            parts = zip(self.planes, sides, strict=True)
+            self.planes = [mx.concatenate([a, x, b], axis=2) for x, (a, b) in parts]
+        else:
+            self.planes = [mx.concatenate(both, axis=2) if left else both[1] for both in sides]
+
+    def put(self, slot: int, held: Planes):
+        """Write tokens as they are held, from a slot on."""
+        stop = slot + held[0].shape[2]
+        for plane, x in zip(self.planes, held, strict=True):
+            plane[:, :, slot:stop] = x
+
+    def take(self, slots: np.ndarray) -> Planes:
+        """A copy of these slots, as they are held."""
+        index = mx.array(slots)
+        return [mx.take(x, index, axis=2) for x in self.planes]
+
+    def segment(self, start: int, stop: int) -> Segment:
+        return Segment(*self.form.pair(self.planes), start, stop, self.form)
+
+
+def _room(summaries: int) -> int:
+    """Capacity for so many: in steps that grow, so that copying stays constant work a token."""
+    step = max(CAPACITY, summaries // 64)
+    return -(-summaries // step) * step
+
+
+class Joined:
+    """Plain keys and values in one buffer, so that attention reads one contiguous range::
+
+    free ... | S2 S1 S0 | text
+             ^ summaries grow to the left, text to the right
+    """
+
+    bits = 0
+
+    def __init__(self):
+        self.form = PLAIN
+        self.text = Buffer(PLAIN)
+        self.left = self.right = 0  # slots left of the text, and for it
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        return [self.text]
+
+    def reserve(self, summaries: int, slots: int, keys: mx.array, values: mx.array):
+        """Make room for so many summaries and text slots; keys and values give shape and dtype."""
+        if summaries <= self.left and slots <= self.right:
+            return
+        right = slots - self.right
+        left = _room(summaries) - self.left if summaries > self.left else 0
+        self.text.grow([keys[:, :, :1], values[:, :, :1]], max(right, 0), left)
+        self.left, self.right = self.left + left, max(slots, self.right)
+
+    def put_summaries(self, done: int, keys: mx.array, values: mx.array):
+        """Write summaries done, done + 1, ... (B, KV heads, n, head_dim)."""
+        start = self.left - done - keys.shape[2]
+        self.text.put(start, [keys[:, :, ::-1], values[:, :, ::-1]])
+
+    def take(self, slots: np.ndarray) -> Planes:
+        return self.text.take(slots + self.left)
+
+    def segments(self, summaries: int, text: int) -> list[Segment]:
+        """The first so many summaries and text slots; the last tokens of the text come last."""
+        keys, values = self.text.planes
+        return [Segment(keys, values, self.left - summaries, self.left + text, PLAIN)]
+
+    def summaries(self, n: int) -> tuple[mx.array, mx.array]:
+        """Keys and values of the first n summaries, newest first."""
+        part = slice(self.left - n, self.left)
+        return tuple(x[:, :, part] for x in self.text.planes)
+
+    def newest_first(self, n: int) -> tuple[mx.array, mx.array, int]:
+        """The whole buffers where the summaries lie, and the slot behind them."""
+        return *self.text.planes, self.left
+
+    def quantized(self, n: int, text: Affine, summaries: Affine) -> "Apart":
+        """The same text and n summaries in mlx's affine format."""
+        to = Apart(text, summaries)
+        if self.text.planes:
+            to.text.planes = text.encode(*(x[:, :, self.left :] for x in self.text.planes))
+            if n:
+                oldest_first = [x[:, :, ::-1] for x in self.summaries(n)]
+                to.own.planes = summaries.encode(*oldest_first)
+        return to
+
+
+class Apart:
+    """Text in one affine format and summaries in another, or the same, in buffers of their own.
+
+    At long contexts nearly all slots are summaries, yet it is the rounding of the few text keys
+    that costs quality (docs/performance.md): bits of its own for the text cost little.
+    """
+
+    left = 0
+
+    def __init__(self, text: Affine, summaries: Affine):
+        self.form, self.bits = text, text.bits
+        self.text, self.own = Buffer(text), Buffer(summaries)
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        return [self.text, self.own]
+
+    def reserve(self, summaries: int, slots: int, keys: mx.array, values: mx.array):
+        one = keys[:, :, :1], values[:, :, :1]
+        if slots > self.text.slots:
+            self.text.grow(self.text.form.encode(*one), slots - self.text.slots)
+        if summaries > self.own.slots:
+            self.own.grow(self.own.form.encode(*one), _room(summaries) - self.own.slots)
+
+    def put_summaries(self, done: int, keys: mx.array, values: mx.array):
+        self.own.put(done, self.own.form.encode(keys, values))
+
+    def take(self, slots: np.ndarray) -> Planes:
+        """A copy of the text in these slots, as it is held."""
+        return self.text.take(slots)
+
+    def segments(self, summaries: int, text: int) -> list[Segment]:
+        seen = [self.text.segment(0, text)]
+        return [self.own.segment(0, summaries), *seen] if summaries else seen
+
+    def summaries(self, n: int) -> tuple[mx.array, mx.array]:
+        keys, values = self.own.form.decode([x[:, :, :n] for x in self.own.planes])
+        return keys[:, :, ::-1], values[:, :, ::-1]
+
+    def newest_first(self, n: int) -> tuple[mx.array, mx.array, int]:
+        return *self.summaries(n), n
+
+    def quantized(self, *_: Any) -> "Apart":
+        return self
