@@ -47,7 +47,7 @@ def make_requests(count: int, seed: int) -> list[dict]:
             body["prompt"] = text
         else:
             messages = [{"role": "system", "content": "\n".join(notes[:size])}]
-            for turn in range(pick.randint(0, 2)):
+            for _ in range(pick.randint(0, 2)):
                 messages += [
                     {"role": "user", "content": pick.choice(questions)},
                     {"role": "assistant", "content": f" {pick.randint(10, 9999)}."},

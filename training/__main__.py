@@ -33,11 +33,11 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     args = parser.parse_args()
     try:
-        import torch
+        import torch  # noqa: PLC0415
 
-        from .export import export
-        from .model import NotebookConfig
-        from .train import train
+        from .export import export  # noqa: PLC0415
+        from .model import NotebookConfig  # noqa: PLC0415
+        from .train import train  # noqa: PLC0415
     except ImportError as e:
         print(
             f"training: {e}; install the extra: pip install -e '.[torch]'",

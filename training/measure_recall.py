@@ -28,10 +28,10 @@ DISTANCES = (8, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def plot(rows: list[dict], window: int, longest: int, path: Path) -> None:
-    import matplotlib
+    import matplotlib  # noqa: PLC0415
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot as plt  # noqa: PLC0415
 
     figure, axes = plt.subplots(figsize=(7, 4))
     x = [r["distance"] for r in rows]

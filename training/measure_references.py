@@ -63,9 +63,7 @@ def measure(model, tokenizer, lengths=LENGTHS, notebooks=10, asked=6, seed=1):
 
     model: a KSA model; tokenizer: its SentencePieceProcessor.
     """
-    k, end = model.args.summary_chunk_size, tokenizer.piece_to_id(END)
     style = Style(filler=0.25, held_out=True)
-    texts = _Decoder(tokenizer)
     for length in lengths:
         rng, figures = random.Random(seed + length), Figures()
         writer = Writer(rng, style)
@@ -74,50 +72,50 @@ def measure(model, tokenizer, lengths=LENGTHS, notebooks=10, asked=6, seed=1):
             cache = read(model, notes.ids)
             questions = list(notes.questions)
             rng.shuffle(questions)
-            for q in questions[:asked]:
-                ids = tokenizer.encode(q.text)
-                said = answer(model, cache, ids, end)
-                if not said:
-                    continue
-                trace = trace_answer(
-                    model, notes.ids + ids, said, len(notes.ids), copy.deepcopy(cache)
-                )
-                found = trace.references(texts, top=1)
-                if not found:
-                    continue
-                top, value = found[0], " " + q.fact.value
-                at = len(notes.ids) - q.distance
-                stop = at + len(tokenizer.encode(value))
-                heaviest = int(trace.weights().argmax()) * k
-                right = tokenizer.decode(said).strip() == q.fact.value + "."
-
-                def without(start):
-                    """The answer if other words stood in a passage as long as the top one."""
-                    other = list(notes.ids)
-                    size = top.stop - top.start
-                    other[start : start + size] = prose(tokenizer, writer, size)
-                    return answer(model, read(model, other), ids, end)
-
-                last = len(notes.ids) - (top.stop - top.start)
-                starts = [
-                    a
-                    for a in range(0, last + 1, k)
-                    if a >= top.stop or a + top.stop <= 2 * top.start
-                ]
-                changed_random = without(rng.choice(starts)) != said if starts else False
-                figures.add(
-                    Figures(
-                        asked=1,
-                        right=right,
-                        contained=right and q.fact.value in top.text,
-                        touched=right and heaviest < stop and at < heaviest + k,
-                        changed=without(top.start) != said,
-                        changed_random=changed_random,
-                        tokens=top.stop - top.start,
-                        weight=top.weight,
-                    )
-                )
+            for question in questions[:asked]:
+                found = ask(model, tokenizer, notes, cache, question, writer, rng)
+                if found is not None:
+                    figures.add(found)
         yield length, figures
+
+
+def ask(model, tokenizer, notes, cache, question, writer, rng) -> Figures | None:
+    """Figures of one question about notes that the cache has read; None without a reference."""
+    k, end = model.args.summary_chunk_size, tokenizer.piece_to_id(END)
+    ids = tokenizer.encode(question.text)
+    said = answer(model, cache, ids, end)
+    if not said:
+        return None
+    trace = trace_answer(model, notes.ids + ids, said, len(notes.ids), copy.deepcopy(cache))
+    found = trace.references(_Decoder(tokenizer), top=1)
+    if not found:
+        return None
+    top, value = found[0], question.fact.value
+    size = top.stop - top.start
+    at = len(notes.ids) - question.distance
+    stop = at + len(tokenizer.encode(" " + value))
+    heaviest = int(trace.weights().argmax()) * k
+    right = tokenizer.decode(said).strip() == value + "."
+
+    def without(start):
+        """The answer if other words stood in a passage as long as the top one."""
+        other = list(notes.ids)
+        other[start : start + size] = prose(tokenizer, writer, size)
+        return answer(model, read(model, other), ids, end)
+
+    places = range(0, len(notes.ids) - size + 1, k)
+    starts = [a for a in places if a >= top.stop or a + size <= top.start]
+    changed_random = without(rng.choice(starts)) != said if starts else False
+    return Figures(
+        asked=1,
+        right=right,
+        contained=right and value in top.text,
+        touched=right and heaviest < stop and at < heaviest + k,
+        changed=without(top.start) != said,
+        changed_random=changed_random,
+        tokens=size,
+        weight=top.weight,
+    )
 
 
 class _Decoder:

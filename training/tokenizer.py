@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import sentencepiece
@@ -26,7 +27,7 @@ def corpus(seed: int = 7, notes: int = 40000):
         if i % 3 == 0:
             yield " " + writer.filler()
     lists = [words.COLORS, words.CITIES, words.ITEMS, words.PLACES, words.ADJECTIVES, words.COMMON]
-    for word in sum(lists + list(words.ATTRIBUTES.values()), []):
+    for word in chain(*lists, *words.ATTRIBUTES.values()):
         yield from [f" {word}"] * 150
     for name in TRAIN_NAMES:
         yield from [f" {name}"] * 5

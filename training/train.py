@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
                 for _ in range(group["steps"]):
                     gram = x @ x.transpose(1, 2)
                     x = a * x + (b * gram + c * gram @ gram) @ x
-                for (p, wide, _), u in zip(same, x):
+                for (p, wide, _), u in zip(same, x, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(u if wide else u.T, alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
 
@@ -226,7 +226,7 @@ def train(
         # weights_only: the file holds tensors and plain values, nothing that runs.
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
-        for o, s in zip(opts, state["optimizers"]):
+        for o, s in zip(opts, state["optimizers"], strict=True):
             o.load_state_dict(s)
         step, level, since, tokens, recall_average, seconds = state["progress"]
         version, internal, gauss = state["rng"]

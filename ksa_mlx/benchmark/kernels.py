@@ -73,7 +73,8 @@ def decode(args: ModelArgs, n: int, dtype: mx.Dtype, bits: int, layers: int) -> 
     if bits < 16:
         row = dim * bits // 8 + dim // GROUP * 2 * dtype.size
     sdpa = partial(mx.fast.scaled_dot_product_attention, scale=dim**-0.5)
-    kernel, ops = [], []
+    kernel: list[Attend] = []
+    ops: list[Attend] = []
     for _ in range(layers):
         cache = [random(kv_heads, stop + 32, args, dtype) for _ in range(2)]
         if bits < 16:
@@ -113,12 +114,12 @@ def prefill(args: ModelArgs, n: int, dtype: mx.Dtype, rows: int) -> Case:
     offset, chunks = n - rows, max(0, (n - 1) // k - window)
     start, left = max(0, offset // k - window) * k, chunks * s
     step = Step.plan(args, offset, rows, chunks)
-    text = [random(kv_heads, n - start, args, dtype) for _ in range(2)]
-    held = [random(kv_heads, left + 32, args, dtype) for _ in range(2)]
-    visible = [x[:, :, :left] for x in held]
-    exact = [x.astype(mx.float32) for x in (*text, *visible)]
+    keys, values = (random(kv_heads, n - start, args, dtype) for _ in range(2))
+    held_k, held_v = (random(kv_heads, left + 32, args, dtype) for _ in range(2))
+    visible = [x[:, :, :left] for x in (held_k, held_v)]
+    exact_k, exact_v, *exact = (x.astype(mx.float32) for x in (keys, values, *visible))
     where = layout([rows], [offset], [start], [left], k, s, window)
-    mx.eval(text, held, where)
+    mx.eval(keys, values, held_k, held_v, where)
 
     def seen(first, last):
         """Keys that some of the rows first .. last see."""
@@ -129,9 +130,9 @@ def prefill(args: ModelArgs, n: int, dtype: mx.Dtype, rows: int) -> Case:
         f"prefill of {rows}",
         n,
         random(heads, rows, args, dtype),
-        [lambda q: prefill_kernel(q, *text, *held, where)],
-        [lambda q: prefill_ops(q, *text, start, visible, step, window)],
-        lambda q: prefill_ops(q, *exact[:2], start, exact[2:], step, window),
+        [lambda q: prefill_kernel(q, keys, values, held_k, held_v, where)],
+        [lambda q: prefill_ops(q, keys, values, start, visible, step, window)],
+        lambda q: prefill_ops(q, exact_k, exact_v, start, exact, step, window),
         2 * heads * dim * dtype.size * sum(seen(a, b) for a, b in tiles),
         heads * sum(seen(p, p) for p in range(offset, n)),
     )

@@ -43,9 +43,12 @@ def measure(ksa, n: int, steps: int, dtype: mx.Dtype, widths: list[int]) -> dict
             tick()
 
     alive = {name: caches(*(way or ())) for name, way in ways.items()}
-    steps_of = {name: lambda c=cache: mx.eval(ksa(token, cache=c)) for name, cache in alive.items()}
+
+    def step(cache):
+        return lambda: mx.eval(ksa(token, cache=cache))
+
     with bar(f"decode after {n} tokens", WARMUP + steps) as tick:
-        seconds = in_turns(steps_of, steps, WARMUP, tick)
+        seconds = in_turns({k: step(c) for k, c in alive.items()}, steps, WARMUP, tick)
     return {
         "context": n,
         "kv_bytes": held,

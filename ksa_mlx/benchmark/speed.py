@@ -97,7 +97,8 @@ def prefill_table() -> Table:
 def prefill(ksa, full, n: int, turns: int) -> dict[str, Any]:
     """Time the reading of n random tokens, in steps as mlx-lm takes them, with peak memory."""
     text = mx.random.randint(0, ksa.args.summary_token_begin, (1, n))
-    peak, warmup = {}, 1 if n <= 4096 else 0
+    peak: dict[str, int] = {}
+    warmup = 1 if n <= 4096 else 0
 
     def read(name, model):
         def run():
