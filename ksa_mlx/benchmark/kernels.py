@@ -116,8 +116,8 @@ def prefill(args: ModelArgs, n: int, dtype: mx.Dtype, rows: int) -> Case:
     step = Step.plan(args, offset, rows, chunks)
     keys, values = (random(kv_heads, n - start, args, dtype) for _ in range(2))
     held_k, held_v = (random(kv_heads, left + 32, args, dtype) for _ in range(2))
-    visible = [x[:, :, :left] for x in (held_k, held_v)]
-    exact_k, exact_v, *exact = (x.astype(mx.float32) for x in (keys, values, *visible))
+    visible = held_k[:, :, :left], held_v[:, :, :left]
+    exact_k, exact_v, seen_k, seen_v = (x.astype(mx.float32) for x in (keys, values, *visible))
     where = layout([rows], [offset], [start], [left], k, s, window)
     mx.eval(keys, values, held_k, held_v, where)
 
@@ -132,7 +132,7 @@ def prefill(args: ModelArgs, n: int, dtype: mx.Dtype, rows: int) -> Case:
         random(heads, rows, args, dtype),
         [lambda q: prefill_kernel(q, keys, values, held_k, held_v, where)],
         [lambda q: prefill_ops(q, keys, values, start, visible, step, window)],
-        lambda q: prefill_ops(q, exact_k, exact_v, start, exact, step, window),
+        lambda q: prefill_ops(q, exact_k, exact_v, start, (seen_k, seen_v), step, window),
         2 * heads * dim * dtype.size * sum(seen(a, b) for a, b in tiles),
         heads * sum(seen(p, p) for p in range(offset, n)),
     )
