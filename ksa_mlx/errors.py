@@ -38,6 +38,14 @@ class SessionError(KSAError):
     """A conversation, or a file of one, that cannot go on as asked."""
 
 
+class RequestError(KSAError):
+    """A request to the server that its client must change."""
+
+    def __init__(self, param: str | None, message: str, code: str | None = None, status: int = 400):
+        super().__init__(f"{param}: {message}" if param else message)
+        self.param, self.code, self.status = param, code, status
+
+
 def one_line(error: BaseException) -> str:
     """An error's message in one line of at most 200 characters, or its name."""
     text = " ".join(str(error).split())

@@ -12,9 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 STOCK = ("mlx_lm", "server")
 OURS = ("ksa_mlx", "server")
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+# It goes on and on: the same token is always chosen.
+ENDLESS = {"prompt": "The", "max_tokens": 10**9, "logit_bias": {"100": 100}}
 
 
 def environment(**extra) -> dict:
@@ -133,3 +139,26 @@ def serving(*args, **kwargs):
         yield server.wait()
     finally:
         server.stop()
+
+
+def post(server, body, path=TEXT, headers=None):
+    """The status and the answer, whatever it is."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with contextlib.closing(server.connect(60)) as c:
+        c.request("POST", path, raw, headers or {})
+        response = c.getresponse()
+        return response.status, json.loads(response.read())
+
+
+def busy(server, seconds=1.5):
+    """CPU ticks of the server's process in a while."""
+    if not os.path.exists("/proc/self/stat"):
+        pytest.skip("reads /proc")
+
+    def ticks():
+        with open(f"/proc/{server.process.pid}/stat") as f:
+            return sum(map(int, f.read().rsplit(")", 1)[1].split()[11:13]))
+
+    before = ticks()
+    time.sleep(seconds)
+    return ticks() - before

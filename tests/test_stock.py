@@ -77,7 +77,8 @@ def called(monkeypatch):
 
 
 def test_the_channel_to_mlx_lm(called, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
     before, model = sys.argv, str(tmp_path)
     for flags, rollback in (
         ([], None),

@@ -12,6 +12,7 @@ import io
 import os
 import re
 import sys
+from pathlib import Path
 
 import mlx_lm.cli
 
@@ -78,11 +79,14 @@ def _flags(argv: list[str]) -> argparse.Namespace:
 
 
 def _check_is_there(flag: str, name: str):
-    """Say which model is missing: the Hub's client, which mlx-lm asks, names neither."""
+    """Say which model is missing, or its tokenizer: the libraries that mlx-lm asks name neither."""
     try:
-        fetch(name, patterns=["config.json"])
+        folder = fetch(name, patterns=["config.json"])
     except KSAError as e:
         raise KSAError(f"{flag}: {e}") from None
+    kinds = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+    if Path(name).is_dir() and not any(any(folder.glob(kind)) for kind in kinds):
+        raise KSAError(f"{flag}: {name}: found no tokenizer, such as tokenizer.json")
 
 
 def reach_of_drafts(args: argparse.Namespace) -> int | None:

@@ -1,31 +1,209 @@
-"""mlx_lm.server with a prompt cache that fits KSA models: python -m ksa_mlx server --model FOLDER
+"""mlx_lm.server, of which no request can end the service: python -m ksa_mlx server --model FOLDER
 
-All flags are mlx_lm.server's. Without a draft model the stock command serves a KSA model as well
-(`mlx_lm.server --model FOLDER --trust-remote-code`): a default cache is not trimmable, so the
-server reuses whole cached prefixes only, which it keeps at the end of the system prompt, of the
-user's turn and of the answer. What this command changes, as of mlx-lm 0.32: the prompt cache (see
-`prompt_cache.py`), and a request's `num_draft_tokens` is cut to the rollback.
+All flags are mlx_lm.server's, and so are batching, templates, tools and sampling. What is ours, as
+of mlx-lm 0.32: the prompt cache (`prompt_cache.py`); every field of a request is checked and every
+fault answered (`requests.py`, `handler.py`); a client that leaves stops its generation
+(`replies.py`); and here a start that cannot serve ends, a fault does not end the generation thread,
+and the end is quiet. The stock command serves a KSA model as well (`mlx_lm.server --model FOLDER
+--trust-remote-code`), without all this.
 """
 
+import dataclasses
+import logging
+import os
+import socket
+import sys
+import weakref
+from collections.abc import Callable
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import mlx.core as mx
 import mlx_lm.server
 
+from ..config import ModelArgs
+from ..errors import KSAError, RequestError, one_line
+from .handler import Handler
 from .prompt_cache import PromptCache
+from .replies import Replies
+from .requests import check_against
 
 
 class ResponseGenerator(mlx_lm.server.ResponseGenerator):
-    """mlx-lm's, with a request's number of draft tokens within the model's reach.
+    """mlx-lm's generation thread, which outlives what goes wrong in it (mlx-lm#1505, #1909)."""
 
-    mlx-lm rewinds any number of drafts, and a cache that cannot raises (mlx-lm#1446).
-    """
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.started = Event()
+        self.start_error: Exception | None = None
+        self._in_flight: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._measured: tuple[Any, Any] = (None, None)
+        super().__init__(*args, **kwargs)  # which starts the thread
+
+    def submit(self, request: Any, args: Any, hung_up: Callable[[], bool]) -> Replies:
+        """Hand a request in. Its answer comes through what is returned."""
+        if not self.generation_available():
+            raise RuntimeError("generation thread died")
+        replies = Replies(hung_up, self.generation_available)
+        self.requests.put((replies, request, args))
+        return replies
+
+    def _run_generate(self):
+        try:
+            self.model_provider.load_default()
+        except Exception as e:
+            self.start_error, self._generation_failed = e, True
+            return
+        finally:
+            self.started.set()
+        while True:
+            try:
+                return self._generate()
+            except Exception as e:
+                logging.exception("A fault in the generation thread")
+                if self._is_distributed:  # the other machines are still in the middle of it
+                    self._generation_failed = True
+                    return None
+                for replies in list(self._in_flight):
+                    replies.put(RuntimeError(one_line(e)))
+            mx.clear_cache()
+
+    def _next_request(self, *args, **kwargs):
+        request = super()._next_request(*args, **kwargs)
+        if request is not None:
+            if not self._is_distributed and getattr(request[0], "gone", False):
+                return None
+            self._in_flight.add(request[0])
+        return request
+
+    def _tokenize(self, tokenizer, request, args, *rest, **kwargs):
+        """mlx-lm's, also for a prompt of ids, and checked against the model.
+
+        In mlx-lm 0.32 this is the last step whose faults go to the client.
+        """
+        try:
+            if isinstance(request.prompt, list):
+                text = dataclasses.replace(request, prompt="")
+                _, _, *others = super()._tokenize(tokenizer, text, args, *rest, **kwargs)
+                found = (request.prompt, [request.prompt], *others)
+            else:
+                found = super()._tokenize(tokenizer, request, args, *rest, **kwargs)
+        except Exception as e:  # whatever a template or a tokenizer makes of it
+            param = "messages" if request.request_type == "chat" else "prompt"
+            raise RequestError(param, one_line(e)) from None
+        check_against(found[0], args, *self._measure())
+        args.piece = lambda token: tokenizer.decode([token])
+        args.is_eos = set(tokenizer.eos_token_ids).__contains__
+        return found
+
+    def _measure(self) -> tuple[int, int, int | None]:
+        """How many ids the model reads, how many it predicts, and its context if it says."""
+        model: Any = self.model_provider.model
+        if self._measured[0] is not model:
+            args = getattr(model, "args", None)
+            # The shape is known without computing anything.
+            width = model(mx.array([[0]])).shape[-1]
+            context = getattr(args, "max_position_embeddings", None)
+            if isinstance(args, ModelArgs):
+                ids = args.summary_token_begin
+            else:
+                ids = getattr(args, "vocab_size", width)
+                # Some configs give the length before scaling, some the one behind it.
+                scaling = getattr(args, "rope_scaling", None) or {}
+                context = context and int(context * max(1, scaling.get("factor") or 1))
+            self._measured = (model, (ids, width, context))
+        return self._measured[1]
+
+    def _make_state_machine(self, model_key, tokenizer, stop_words, *args, **kwargs):
+        """Stop words are found by their tokens as before, and in the text by `answer.StopText`."""
+        words = [w for w in stop_words if tokenizer.encode(w, add_special_tokens=False)]
+        stops, _ = super()._make_state_machine(model_key, tokenizer, words, *args, **kwargs)
+        _, text = super()._make_state_machine(model_key, tokenizer, [], *args, **kwargs)
+        return stops, text
 
     def _serve_single(self, request, *args, **kwargs):
-        arguments, rollback = request[-1], getattr(self.model_provider.model, "rollback", 0)
-        if rollback:
+        """mlx-lm rewinds any number of drafts, and a cache that cannot raises (mlx-lm#1446)."""
+        replies, arguments = request[0], request[-1]
+        if rollback := getattr(self.model_provider.model, "rollback", 0):
             arguments.num_draft_tokens = min(arguments.num_draft_tokens, rollback)
+        if isinstance(replies, Replies):
+            replies.alone = True
         return super()._serve_single(request, *args, **kwargs)
 
 
+class _HTTPServer(ThreadingHTTPServer):
+    request_queue_size = 128
+
+    def handle_error(self, request, client_address):
+        kind, error, _ = sys.exc_info()
+        if not isinstance(error, (ConnectionError, TimeoutError)):
+            logging.error("A connection failed (%s: %s)", kind and kind.__name__, error)
+
+
+def run(
+    host: str,
+    port: int,
+    model_provider: Any,
+    server_class: type[ThreadingHTTPServer] = _HTTPServer,
+    handler_class: type[Handler] = Handler,
+):
+    """mlx_lm.server's `run`: raises `KSAError` where it cannot serve, and ends at Ctrl-C."""
+    adapter = model_provider.cli_args.adapter_path
+    if adapter is not None and not Path(adapter).is_dir():
+        raise KSAError(f"--adapter-path: {adapter}: no such folder")
+    first = mx.distributed.init().rank() == 0
+    httpd = _bind(host, port, server_class) if first else None
+    cache = PromptCache(model_provider.cli_args.prompt_cache_size)
+    generator = ResponseGenerator(model_provider, cache)
+    try:
+        generator.started.wait()
+        if generator.start_error is not None:
+            generator.join()
+            raise generator.start_error
+        if httpd is None:
+            generator.join()
+            return
+        fingerprint = mlx_lm.server.get_system_fingerprint()
+        httpd.RequestHandlerClass = lambda *args, **kwargs: handler_class(
+            generator, *args, system_fingerprint=fingerprint, **kwargs
+        )
+        httpd.server_activate()
+        logging.info(f"Serving at http://{host}:{httpd.server_port}/v1")
+        httpd.serve_forever()
+    except KeyboardInterrupt:
+        generator._stop = True
+        generator._generation_thread.join(5)
+        _leave(130)
+
+
+def _bind(host: str, port: int, server_class: type[ThreadingHTTPServer]) -> ThreadingHTTPServer:
+    """A server that has its port, and does not listen yet."""
+    if not 0 <= port <= 65535:
+        raise KSAError(f"--port: found {port}, expected 0 to 65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        server = type("Server", (server_class,), {"address_family": family})(
+            address, Handler, bind_and_activate=False
+        )
+        server.server_bind()
+        return server
+    except (OSError, OverflowError) as e:
+        why = getattr(e, "strerror", None) or one_line(e)
+        raise KSAError(f"--host {host} --port {port}: cannot serve there ({why})") from None
+
+
+def _leave(status: int):
+    """End the process. Not by way of the interpreter's end, where MLX's threads abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def install():
-    """Make mlx_lm.server, in this process, use the classes above."""
+    """Make mlx_lm.server, in this process, use what is here."""
     mlx_lm.server.LRUPromptCache = PromptCache
     mlx_lm.server.ResponseGenerator = ResponseGenerator
+    mlx_lm.server.APIHandler = Handler
+    mlx_lm.server.run = run
