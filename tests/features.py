@@ -20,6 +20,8 @@ ORDER = (
     "test_load.py",
     "test_prompt_cache.py",
     "test_server.py",
+    "test_server_requests.py",
+    "test_server_openai.py",
     "test_batch.py",
     "test_quantized_cache.py",
     "test_speculative.py",

@@ -23,7 +23,7 @@ from mlx_lm.server import (
     SamplingArguments,
 )
 
-from ..checkpoint.load import fetch
+from ..checkpoint.source import fetch
 from ..errors import KSAError, RequestError, one_line
 from .answer import Answer, text_logprobs
 from .replies import HungUp, Replies
@@ -41,6 +41,7 @@ class Handler(mlx_lm.server.APIHandler):
     client that left before its answer was whole (mlx-lm#677).
     """
 
+    response_generator: Any  # server.ResponseGenerator, which stands above
     timeout = 300  # seconds that a client may be silent for while it sends
     began = False  # whether the status line of an answer is out
 
@@ -109,9 +110,10 @@ class Handler(mlx_lm.server.APIHandler):
                 p for p in wanted.prompts for _ in range(wanted.numbers["n"])
             ):
                 args = _arguments(wanted, model, n)
+                text: Any = "" if prompt is None else prompt  # or ids, which `_tokenize` takes
                 request = CompletionRequest(
                     "chat" if wanted.chat else "text",
-                    "" if prompt is None else prompt,
+                    text,
                     wanted.messages,
                     wanted.tools,
                     wanted.role_mapping,

@@ -203,7 +203,11 @@ def _leave(status: int):
 
 def install():
     """Make mlx_lm.server, in this process, use what is here."""
-    mlx_lm.server.LRUPromptCache = PromptCache
-    mlx_lm.server.ResponseGenerator = ResponseGenerator
-    mlx_lm.server.APIHandler = Handler
-    mlx_lm.server.run = run
+    ours = {
+        "LRUPromptCache": PromptCache,
+        "ResponseGenerator": ResponseGenerator,
+        "APIHandler": Handler,
+        "run": run,
+    }
+    for name, what in ours.items():
+        setattr(mlx_lm.server, name, what)
