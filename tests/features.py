@@ -1,9 +1,9 @@
 """The feature table: one row a `@pytest.mark.feature(name, entry_point, verdict)`.
 
-    python -m tests.features     # writes docs/features.md, and the table in README.md if it is there
+    python -m tests.features     # writes the table in docs/mlx-lm.md
 
 A row appears because a test bears it, so a verdict that stops being true fails in the test run.
-Rows come in the order of ORDER, then of the files; in README.md the table stands between the lines
+Rows come in the order of ORDER, then of the files; the table stands between the lines
 `<!-- features -->` and `<!-- /features -->`.
 """
 
@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TABLE, README = ROOT / "docs" / "features.md", ROOT / "README.md"
+PAGE = ROOT / "docs" / "mlx-lm.md"
 MARKS = re.compile(r"(?<=<!-- features -->\n).*?(?=<!-- /features -->)", re.S)
 
 # How a reader looks for things; other files follow by name.
@@ -79,19 +79,18 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def document() -> str:
-    return (
-        "# What works in mlx-lm, and through which command\n\n"
-        "Written by `python -m tests.features`: each row belongs to a test that shows it.\n\n"
-        + table()
-    )
+def written() -> str:
+    """The table as the page has it. Raises ValueError for a page without a place for it."""
+    found = MARKS.search(PAGE.read_text(encoding="utf-8"))
+    if found is None:
+        raise ValueError(f"{PAGE.name}: found no <!-- features --> ... <!-- /features -->")
+    return found.group()
 
 
 def main():
-    TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(document(), encoding="utf-8")
-    readme = README.read_text(encoding="utf-8")
-    README.write_text(MARKS.sub(lambda _: table(), readme), encoding="utf-8")
+    written()
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(MARKS.sub(lambda _: table(), page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,8 @@ def train(monkeypatch, folder, model, adapters, kind, *flags):
 @pytest.mark.feature(
     "LoRA, DoRA, full fine-tuning, on quantised weights too",
     "`mlx_lm.lora`",
-    "works; adapters also sit on the summaries' own projections",
+    "works, adapters also sit on the summaries' own projections; data sets of the Hub need "
+    "`mlx-lm[train]`",
 )
 @pytest.mark.feature("Fusing adapters", "`mlx_lm.fuse`", "works; the fused folder loads")
 @pytest.mark.parametrize(

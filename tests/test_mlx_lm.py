@@ -34,7 +34,7 @@ def run(monkeypatch, command, *argv):
     command.main()
 
 
-@pytest.mark.feature("Perplexity", "`mlx_lm.perplexity`", "works")
+@pytest.mark.feature("Perplexity", "`mlx_lm.perplexity`", "works, with `mlx-lm[train]`")
 def test_perplexity(folder, monkeypatch, capsys):
     """The command, on texts of our own: its data sets come from the network."""
     texts = tokens(60, 6)
@@ -76,7 +76,7 @@ def log_probs(model, ids):
     return mx.take_along_axis(logits, ids[:, 1:, None], axis=-1)[0, :, 0]
 
 
-@pytest.mark.feature("Scoring", "`mlx_lm.evaluate`", "works")
+@pytest.mark.feature("Scoring", "`mlx_lm.evaluate`", "works, with `mlx-lm[evaluate]`")
 @pytest.mark.parametrize("name", ["released layout", "two summaries", "bypass"])
 def test_evaluate_scores_several_texts_on_one_cache(scorer, name):
     """`_score_fn`: rows of different length, padded on the right, in one plain cache."""

@@ -1,29 +1,27 @@
-"""What is installed: dependencies, the wheel alone in an empty environment, the README."""
+"""What is installed: dependencies, and the wheel alone in an empty environment."""
 
 import ast
 import os
 import re
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 import ksa_mlx
-from ksa_mlx.chat import notebook
 
 ROOT = Path(__file__).parent.parent
-PROJECT = (ROOT / "pyproject.toml").read_text()
-README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def declared():
-    """The names of all dependencies and extras, as modules."""
-    lists = re.findall(r"(?:dependencies|torch|plot|test) = \[(.*?)\n?\]$", PROJECT, re.S | re.M)
-    names = re.findall(r'"([A-Za-z0-9_-]+)', " ".join(lists))
-    return {name.lower().replace("-", "_") for name in names}
+def name_of(requirement: str) -> str:
+    """The name of a requirement, as a module."""
+    return re.match(r"[A-Za-z0-9_-]+", requirement).group().lower().replace("-", "_")
 
 
 def test_every_import_is_declared():
@@ -34,33 +32,30 @@ def test_every_import_is_declared():
                 modules |= {a.name.partition(".")[0] for a in node.names}
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules.add(node.module.partition(".")[0])
-    known = declared() | set(sys.stdlib_module_names) | {"ksa_mlx"}
+    extras = PROJECT["optional-dependencies"]
+    requirements = [*PROJECT["dependencies"], *extras["torch"], *extras["plot"]]
+    known = {name_of(r) for r in requirements} | set(sys.stdlib_module_names) | {"ksa_mlx"}
     assert {"mlx", "mlx_lm", "numpy"} <= modules
     assert modules <= known
 
 
-def test_dependencies_by_platform():
-    assert "\"mlx>=0.32.2,<0.33; sys_platform == 'darwin'\"" in PROJECT
-    assert "\"mlx[cpu]>=0.32.2,<0.33; sys_platform == 'linux'\"" in PROJECT
-    assert 'requires-python = ">=3.11"' in PROJECT
+def test_mlx_of_each_platform():
+    """MLX on Metal on a Mac, with its CPU backend on Linux: the same versions, and bounded."""
+    mlx = [r for r in PROJECT["dependencies"] if name_of(r) == "mlx"]
+    found = {re.search(r"sys_platform == '(\w+)'", r).group(1): r for r in mlx}
+    assert set(found) == {"darwin", "linux"}
+    assert found["linux"].startswith("mlx[cpu]") and not found["darwin"].startswith("mlx[")
+    versions = {re.search(r">=[\d.]+,<[\d.]+", r).group() for r in mlx}
+    assert len(versions) == 1
 
 
-def test_readme_commands():
-    """One command sets up and runs, one sets up and tests; CI runs the second as it is."""
-    commands = re.findall(r"^python3 -m venv .*$", README, re.M)
-    assert len(commands) == 2
-    run, test = commands
-    assert run.endswith("python generate.py") and test.endswith("-m pytest")
-    assert test in (ROOT / ".ci/run").read_text()
-    assert test in (ROOT / ".github/workflows/test.yml").read_text()
-
-
-def test_readme_python(capsys):
-    """The Python of the README runs, with a converted checkpoint in the place of the 4B."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert "KSA-4B" in code
-    exec(code.replace("KSA-4B", str(notebook.CHECKPOINT)), {})
-    assert capsys.readouterr().out.strip()
+def test_python_and_mlx_lm_are_those_that_are_installed():
+    """The promised versions hold for what the tests run on, and for what they do not name."""
+    at_least = tuple(map(int, re.search(r">=(\d+)\.(\d+)", PROJECT["requires-python"]).groups()))
+    assert sys.version_info[:2] >= at_least
+    ours = metadata.metadata("mlx-lm").get("Requires-Python")
+    theirs = re.search(r">=(\d+)\.(\d+)", ours or "")
+    assert theirs is None or at_least >= tuple(map(int, theirs.groups()))
 
 
 def python_of(environment: Path) -> str:
@@ -81,6 +76,7 @@ def test_wheel_alone_in_an_empty_environment(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     for file in (*(ROOT / "metal").iterdir(), *(ROOT / "ksa_mlx" / "notebook").iterdir()):
         assert f"ksa_mlx/{file.parent.name}/{file.name}" in names
+    assert "ksa_mlx/py.typed" in names
     assert not any(name.startswith(("tests/", "tools/", "training/", "metal/")) for name in names)
 
     venv.create(tmp_path / "env", with_pip=True)

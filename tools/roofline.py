@@ -66,13 +66,16 @@ def main():
     print(
         f"""# What a token costs the 4B
 
-Computed by `python tools/roofline.py`, not measured: nobody has timed this project on Apple hardware yet.
-`python -m ksa_mlx benchmark --shape 4b --dtype bfloat16` measures on a Mac.
+Computed by `.venv/bin/python tools/roofline.py`, not measured: nobody has timed this project on
+Apple hardware yet. `.venv/bin/python -m ksa_mlx benchmark --shape 4b --dtype bfloat16` measures on
+a Mac; see [performance.md](performance.md).
 
-A decode step reads every weight once ({weights(args) / 1e9:.2f} G numbers, the dropped own projections not among them) and
-the keys and values that its query sees. In a full layer these are all n, in a windowed layer n / 8 summaries and at most
-1032 text tokens. Once in {BATCH} chunks a step carries {BATCH} more rows, which read the weights with it: 1 / 128 more bytes and
-1 / 8 more operations a token, counted below. 8 and 4 bit are mlx's affine format, groups of 64: 8.5 and 4.5 bits a number.
+A decode step reads every weight once ({weights(args) / 1e9:.2f} G numbers, the dropped own
+projections not among them) and the keys and values that its query sees. In a full layer these are
+all n, in a windowed layer n / 8 summaries and at most 1032 text tokens. Once in {BATCH} chunks a
+step carries {BATCH} more rows, which read the weights with it: 1 / 128 more bytes and 1 / 8 more
+operations a token, counted below. 8 and 4 bit are mlx's affine format, groups of 64: 8.5 and 4.5
+bits a number.
 
 ## Bytes and operations a token
 

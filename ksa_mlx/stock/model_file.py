@@ -3,4 +3,4 @@
 try:
     from ksa_mlx.model import Model, ModelArgs  # noqa: F401
 except ImportError as e:
-    raise ImportError("this is a KSA model, and it needs `pip install ksa-mlx`") from e
+    raise ImportError("this is a KSA model, and it needs ksa-mlx, installed from a clone") from e
