@@ -94,11 +94,11 @@ class ModelArgs(BaseModelArgs):
         self._set_rope()
         self.bypass = [not on for on in self._summary_layers()]
         self.windows = self._windows()
-        windowed = [i for i, w in enumerate(self.windows) if w is not None]
+        windowed = {i: w for i, w in enumerate(self.windows) if w is not None}
         # The last layer with a window, where summary rows end; -1 if there is none.
         self.last_windowed = max(windowed, default=-1)
         # Of all layers, in chunks; None where no layer has one.
-        self.smallest_window = min((self.windows[i] for i in windowed), default=None)
+        self.smallest_window = min(windowed.values(), default=None)
 
     def _check(self, expected: str, holds: Callable[[Any], bool], *names: str):
         for name in names:
@@ -108,10 +108,13 @@ class ModelArgs(BaseModelArgs):
 
     def _check_fields(self):
         """The fields of a Qwen3."""
-        counts = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
-        counts += ("num_key_value_heads", "vocab_size", "max_position_embeddings")
         self._check("a name", lambda v: isinstance(v, str), "model_type")
-        self._check("an integer of at least 1", _counts, *counts)
+        self._check(
+            "an integer of at least 1",
+            _counts,
+            *("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"),
+            *("num_key_value_heads", "vocab_size", "max_position_embeddings"),
+        )
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._check("an integer of at least 1", _counts, "head_dim")
@@ -151,7 +154,7 @@ class ModelArgs(BaseModelArgs):
             ("summary_chunk_position_ids_type", TEXT_POSITIONS),
             ("summary_token_position_ids_type", SUMMARY_POSITIONS),
         ):
-            self._check(f"one of {', '.join(choices)}", lambda v, of=choices: v in of, name)
+            self._check(f"one of {', '.join(choices)}", choices.__contains__, name)
         last = self.summary_token_begin + self.summary_token_num
         self._check(
             f"{self.summary_token_num} summary ids above the text and below "
@@ -173,7 +176,7 @@ class ModelArgs(BaseModelArgs):
             name: getattr(self, name)
             for name in ("partial_rotary_factor", "original_max_position_embeddings")
         }
-        found = []
+        found: list[dict[str, Any] | None] = []
         for name in ("rope_scaling", "rope_parameters"):
             self._check("a JSON object or null", lambda v: v is None or type(v) is dict, name)
             given = dict(getattr(self, name) or {})

@@ -24,17 +24,16 @@ from mlx_lm.convert import configure_parser, mixed_quant_predicate_builder
 
 from .checkpoint.described import Described, describe, quantization
 from .checkpoint.source import Source, open_source, read_json
-from .checkpoint.stop import add_end_of_turn, load_tokenizer, stop_ids
+from .checkpoint.stop import TOKENIZER, add_end_of_turn, load_tokenizer, stop_ids
 from .checkpoint.tensors import Checkpoint, Dequantized, open_checkpoint
 from .checkpoint.write import ShardWriter, dropped, workspace, write_weights
 from .config import MODEL_TYPE, ModelArgs
-from .errors import CheckpointError, ConfigError, KSAError, in_file, one_line
+from .errors import CheckpointError, KSAError, in_file, one_line
 from .model import Model
 from .stock.register import MODEL_FILE
 from .weights import expected_shapes
 
 # What is copied as it is. Upstream's Python files are not among them: nothing here runs them.
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 COPIED = (
     *TOKENIZER,
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
@@ -97,17 +96,17 @@ def convert(
         original, checkpoint = source, open_checkpoint(source.path)
         if dequantize:
             source, checkpoint = _dequantized(source, checkpoint)
-        elif packed := source.config.get("quantization") or source.config.get(
-            "quantization_config"
-        ):
-            first = "; -d makes one" if source.kind == "mlx" else ""
-            with in_file(source.config_file):
-                raise ConfigError("quantization", packed, f"an unquantised checkpoint{first}")
         described = describe(source, checkpoint)
+        if described.config.get("quantization"):
+            raise CheckpointError(
+                f"{source.config_file}: quantization: found one, expected an unquantised "
+                "checkpoint; -d makes one"
+            )
+        stops = stop_ids(original, described.args.summary_token_begin)
         writer = ShardWriter(folder, max_shard_bytes)
         config, lines = _write(checkpoint, described, writer, dtype, wanted, report is None)
         lines = [*described.notes, *lines, *_copy_files(original, folder, trust_remote_code)]
-        lines += _stop_at_turns(original, config, folder)
+        lines += _stop_at_turns(original, stops, config, folder)
         mlx_lm.utils.save_config(config, folder / "config.json")
         _model_card(original, upload_repo).save(folder / "README.md")
     for line in (*lines, f"Wrote {destination}"):
@@ -256,10 +255,11 @@ def _copy_files(source: Source, folder: Path, python: bool) -> list[str]:
     return [f"warning: {source.folder}: no tokenizer; converted without one"]
 
 
-def _stop_at_turns(source: Source, config: dict[str, Any], folder: Path) -> list[str]:
+def _stop_at_turns(
+    source: Source, ids: list[int], config: dict[str, Any], folder: Path
+) -> list[str]:
     """Add the token with which the chat template ends a turn to the end tokens of the config,
     and of the generation config that was copied to `folder`; returns what there is to say."""
-    ids = stop_ids(source)
     if not (folder / "tokenizer_config.json").is_file():
         return []
     try:
@@ -365,3 +365,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         return 0
     return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ from .chat.report import report
 from .chat.session import Session, answer_behind
 from .chat.terminal import chat, read_ahead, references_shown, turn
 from .checkpoint.load import load
-from .checkpoint.source import fetch, read_json
+from .checkpoint.source import fetch_config
 from .config import is_ksa
 from .errors import KSAError, SessionError, one_line
 
@@ -110,7 +110,7 @@ def load_draft(args: argparse.Namespace, tokenizer):
     if name is None:
         return None
     try:
-        if is_ksa(read_json(fetch(name, patterns=["config.json"]) / "config.json")):
+        if is_ksa(fetch_config(name)):
             draft, other = load(name, trust_remote_code=args.trust_remote_code)
         else:
             draft, other = mlx_lm.load(name)[:2]

@@ -18,9 +18,9 @@ _TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("original_max_position_embeddings",),
     ),
     "yarn": (
-        (),
+        ("factor",),
         (
-            *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+            *("original_max_position_embeddings", "beta_fast", "beta_slow"),
             *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
         ),
     ),
@@ -93,13 +93,12 @@ def rope_settings(
             f"{field}.high_freq_factor", given["high_freq_factor"], "more than low_freq_factor"
         )
     if kind == "yarn":
-        given = _yarn(field, given, max_positions)
+        given = _yarn(field, given)
     return {"rope_type": kind, **given}
 
 
-def _yarn(field: str, given: dict[str, Any], max_positions: int) -> dict[str, Any]:
+def _yarn(field: str, given: dict[str, Any]) -> dict[str, Any]:
     """transformers' factor on cos and sin, said with mlx-lm's `mscale`, its only word for it."""
-    given.setdefault("factor", max_positions / given["original_max_position_embeddings"])
     given.pop("truncate", None)
     stretch = 0.1 * math.log(given["factor"]) if given["factor"] > 1 else 0.0
     mscale, all_dim = given.pop("mscale", None), given.pop("mscale_all_dim", None)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ksa_mlx.convert import main
 
@@ -40,16 +41,21 @@ def hub_folder(folder: Path, case: str = "hybrid_mix1", weights=None, **fields) 
     return folder
 
 
-def sharded(folder: Path, count: int = 3, case: str = "hybrid_mix1") -> Path:
-    """A golden Hub checkpoint in `count` files with an index."""
+def sharded(
+    folder: Path,
+    count: int = 3,
+    case: str = "hybrid_mix1",
+    name: str = "model-{:05d}-of-{:05d}.safetensors",
+) -> Path:
+    """A golden Hub checkpoint in `count` files, called `name`, with an index."""
     folder.mkdir()
     tensors = load_file(GOLDENS / case / WEIGHTS)
     weight_map = {}
     for i in range(count):
-        name = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        file = name.format(i + 1, count)
         part = dict(list(tensors.items())[i::count])
-        save_file(part, folder / name)
-        weight_map.update(dict.fromkeys(part, name))
+        save_file(part, folder / file)
+        weight_map.update(dict.fromkeys(part, file))
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     shutil.copy(GOLDENS / case / "config.json", folder)
@@ -58,8 +64,6 @@ def sharded(folder: Path, count: int = 3, case: str = "hybrid_mix1") -> Path:
 
 def add_tokenizer(folder: Path, vocabulary: int = 96):
     """A tokenizer of one word an id: `w5` is id 5."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     words = {f"w{i}": i for i in range(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -2,14 +2,11 @@
 
 import json
 import shutil
-from unittest.mock import create_autospec
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from huggingface_hub import HfApi
-from huggingface_hub.errors import LocalTokenNotFoundError
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
@@ -207,52 +204,6 @@ def test_files_that_come_along(tmp_path):
     assert convert(source, tmp_path / "trusted", "--trust-remote-code") == 0
     python = {p.name for p in (tmp_path / "trusted").glob("*.py")}
     assert python == {"ksa_model.py", "tokenization_x.py"}
-
-
-class Uploads:
-    """A Hub to which `me` is logged in; `fails` names a method of HfApi's and what it raises."""
-
-    def __init__(self, monkeypatch, **fails):
-        self.calls = []
-        api = create_autospec(HfApi, instance=True)
-        api.whoami.return_value = {"name": "me", "orgs": [{"name": "us"}]}
-        for name in ("create_repo", "upload_folder"):
-            call = lambda name=name, **kw: self.calls.append((name, kw))
-            getattr(api, name).side_effect = call
-        for name, error in fails.items():
-            getattr(api, name).side_effect = error
-        monkeypatch.setattr("ksa_mlx.convert.HfApi", lambda: api)
-
-
-def test_upload(tmp_path, monkeypatch):
-    hub = Uploads(monkeypatch)
-    for repo in ("me/ksa", "us/ksa", "ksa"):
-        out = tmp_path / repo.replace("/", "-")
-        assert convert(HYBRID, out, "--upload-repo", repo) == 0
-        assert [name for name, _ in hub.calls[-2:]] == ["create_repo", "upload_folder"]
-        assert hub.calls[-1][1] == {"repo_id": repo, "folder_path": out}
-        assert f'load("{repo}")' in (out / "README.md").read_text()
-
-
-def test_upload_that_fails_leaves_the_folder(tmp_path, monkeypatch, capsys):
-    Uploads(monkeypatch, upload_folder=ConnectionError("no network"))
-    assert convert(HYBRID, tmp_path / "mlx", "--upload-repo", "me/ksa") == 1
-    assert "error: me/ksa: not uploaded (no network)" in capsys.readouterr().err
-    assert (tmp_path / "mlx" / WEIGHTS).exists()
-
-
-def test_uploads_are_checked_first(tmp_path, monkeypatch, capsys):
-    """Before anything is read: the source does not even exist."""
-    Uploads(monkeypatch)
-    flag = ("--upload-repo", "bad repo name!!")
-    assert "--upload-repo: bad repo name!!: " in refused(
-        capsys, tmp_path / "nope", tmp_path / "mlx", *flag
-    )
-    message = refused(capsys, tmp_path / "nope", tmp_path / "mlx", "--upload-repo", "them/ksa")
-    assert "found the namespace them, expected one of yours (me, us)" in message
-    Uploads(monkeypatch, whoami=LocalTokenNotFoundError("no token"))
-    message = refused(capsys, tmp_path / "nope", tmp_path / "mlx", "--upload-repo", "me/ksa")
-    assert "not logged in" in message
 
 
 # What it must refuse, naming the file and the weight, and leaving nothing behind.

@@ -7,6 +7,7 @@ order; each test looks at its own.
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ RUNS = [
     ("plain", "me/plain"),
     ("empty", "me/empty"),
     ("shards", "me/shards"),
+    ("names", "me/names"),
     *([("pickle", "me/pickle")] if TORCH else []),
 ]
 
@@ -60,6 +62,30 @@ try:
     ksa_mlx.load_model("me/absent")
 except ValueError as e:
     results["load absent"] = str(e)
+# What another program might have left in the cache: what is needed, and not even that.
+huggingface_hub.snapshot_download("me/part", allow_patterns=["*.json", "model*.safetensors"])
+huggingface_hub.snapshot_download("me/config", allow_patterns=["config.json"])
+huggingface_hub.snapshot_download(
+    "me/half", allow_patterns=["*.json", "model-00001-of-00003.safetensors"]
+)
+print(json.dumps(results))
+"""
+
+ALONE = """
+import json, sys
+import ksa_mlx, ksa_mlx.convert
+
+results = {}
+for repo in ("me/part", "me/config", "me/half", "me/never"):
+    for name, call in (
+        ("load", lambda: ksa_mlx.load(repo, trust_remote_code=True)),
+        ("convert", lambda: ksa_mlx.convert.convert(repo, sys.argv[1] + repo.replace("/", "-"))),
+    ):
+        try:
+            call()
+            results[f"{name} {repo}"] = "right"
+        except ksa_mlx.errors.CheckpointError as e:
+            results[f"{name} {repo}"] = str(e)
 print(json.dumps(results))
 """
 
@@ -75,6 +101,13 @@ def hub(tmp_path_factory):
     repos["me/broken"] = repos["me/ksa"]
     repos["me/plain"] = hub_folder(folder / "plain", use_summary_attention=None)
     repos["me/shards"] = sharded(folder / "shards")
+    repos["me/half"] = repos["me/shards"]
+    repos["me/names"] = sharded(folder / "names", name="part-{}.[4bit].safetensors")
+    shutil.copy(HYBRID / WEIGHTS, repos["me/names"] / "model-fp32.safetensors")
+    repos["me/part"] = repos["me/config"] = hub_folder(folder / "part")
+    add_tokenizer(repos["me/part"])
+    for name in ("README.md", "LICENSE", "chat_template.jinja", "modeling_qwen3sa.py"):
+        (repos["me/part"] / name).write_text("not in the cache")
     repos["me/empty"] = folder / "empty"
     repos["me/empty"].mkdir()
     (repos["me/empty"] / "README.md").write_text("nothing")
@@ -108,7 +141,42 @@ def hub(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     server.results = json.loads(done.stdout.splitlines()[-1])
     server.out = folder / "work" / "out"
+    server.environment = environment
     return server
+
+
+@pytest.fixture(scope="module", params=["HF_HUB_OFFLINE", "no network"])
+def alone(request, hub):
+    """What can be done with the cache alone."""
+    environment = dict(hub.environment)  # its server is gone by now
+    if request.param == "HF_HUB_OFFLINE":
+        environment["HF_HUB_OFFLINE"] = "1"
+    command = [sys.executable, "-c", ALONE, request.param]
+    cwd = hub.out.parent
+    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_what_is_in_the_cache_is_enough(alone):
+    """A README, a license or code that the cache lacks is no fault."""
+    assert alone["load me/part"] == alone["convert me/part"] == "right"
+
+
+def test_what_the_cache_lacks_is_named(alone):
+    for name in ("load", "convert"):
+        for repo, lacks in (
+            ("me/config", "no model*.safetensors"),
+            ("me/half", "no model-00002-of-00003.safetensors, model-00003-of-00003.safetensors"),
+            ("me/never", "no config.json"),
+        ):
+            message = alone[f"{name} {repo}"]
+            assert message.startswith(f"{repo}: ") and lacks in message
+            assert "the Hub cannot be reached" in message and "\n" not in message
+
+
+def test_only_the_files_of_the_index_are_downloaded(hub):
+    assert not downloads(hub, "me/names", "model-fp32.safetensors")
 
 
 def error_of(hub, name):
@@ -120,19 +188,19 @@ def error_of(hub, name):
 
 def test_nothing_half_written(hub):
     names = {p.name for p in hub.out.iterdir()}
-    assert names == {"whole", "cut", "tag", "shards", "broken again"} | (
+    assert names == {"whole", "cut", "tag", "shards", "names", "broken again"} | (
         {"pickle"} if TORCH else set()
     )
 
 
-@pytest.mark.parametrize("name", ["whole", "cut", "tag", "shards", "broken again"])
+@pytest.mark.parametrize("name", ["whole", "cut", "tag", "shards", "names", "broken again"])
 def test_converted_from_the_hub(name, hub):
     assert hub.results[name][0] == 0
     model, _ = ksa_mlx.load_model(hub.out / name)
     here, _ = ksa_mlx.load_model(HYBRID)
     ids = mx.arange(40)[None]
     assert mx.array_equal(model(ids), here(ids))
-    assert (hub.out / name / "tokenizer.json").exists() == (name != "shards")
+    assert (hub.out / name / "tokenizer.json").exists() == (name not in ("shards", "names"))
     assert [p.name for p in (hub.out / name).glob("*.py")] == ["ksa_model.py"]
 
 

@@ -40,6 +40,8 @@ def describe(
     shapes = checkpoint.shapes()
     with in_file(source.config_file):
         config = to_hub_config(source.config) if source.kind == "muse" else dict(source.config)
+        if source.kind == "hub" and not isinstance(config.get("model_type"), str):
+            raise ConfigError("model_type", config.get("model_type"), "a name")
         if source.kind != "mlx":
             config = {**announced(config, shapes), "model_type": MODEL_TYPE}
         config = tidy({**config, **(overrides or {})})

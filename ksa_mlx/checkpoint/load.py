@@ -15,7 +15,7 @@ from ..errors import CheckpointError, one_line
 from ..model import Model
 from .described import describe, quantization
 from .source import SAFETENSORS, Source, named_by_index, open_source, weight_files
-from .stop import add_end_of_turn, load_tokenizer, stop_ids
+from .stop import TOKENIZER, add_end_of_turn, load_tokenizer, stop_ids
 from .tensors import SafetensorsFiles
 
 CONVERT_FIRST = "convert it first: python convert.py --hf-path {} --mlx-path DST"
@@ -98,7 +98,7 @@ def build(
         raise CheckpointError(f"{folder}: {one_line(e)}") from None
     if source.kind != "mlx":
         config.pop("model_file", None)
-    if ids := stop_ids(source):
+    if ids := stop_ids(source, described.args.summary_token_begin):
         config["eos_token_id"] = ids
     return model, config
 
@@ -164,6 +164,10 @@ def load(
             source.folder, {**extra, **(tokenizer_config or {})}, config.get("eos_token_id")
         )
     except Exception as e:  # transformers says "no tokenizer" in many ways
+        if not any(any(source.folder.glob(pattern)) for pattern in TOKENIZER):
+            raise CheckpointError(
+                f"{source.folder}: no tokenizer files; load_model loads the model alone"
+            ) from None
         raise CheckpointError(
             f"{source.folder}: no tokenizer that loads ({one_line(e)}); "
             "load_model loads the model alone"

@@ -5,13 +5,15 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
-    LocalEntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -24,6 +26,10 @@ from .muse import is_muse
 SAFETENSORS, PICKLES = "model*.safetensors", "pytorch_model*.bin"
 # What may lie beside the weights; none of it is needed to build a model.
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*")
+_OFFLINE = (
+    "the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set), and its cache here has no "
+    "{} of this repo"
+)
 
 
 @dataclass(frozen=True)
@@ -63,34 +69,36 @@ def open_source(
     `pytorch_model*.bin` where the repo has no safetensors. Raises `CheckpointError` of one line,
     before any weights are downloaded if it can.
     """
-    path, repo = fetch(path_or_repo, revision, ["config.json"]), None
-    if path.is_file() and path.suffix == ".json":
+    path, repo, online = local(path_or_repo, revision), None, False
+    if path is None:
+        repo = str(path_or_repo)
+        path, online = _snapshot(repo, revision)
+    elif path.is_file() and path.suffix == ".json":
         raise CheckpointError(f"{path}: found a JSON file, expected a folder or a file of weights")
     file = find_config(path)
     config = read_json(file)
     check_is_ksa(config, file)
-    if not Path(path_or_repo).expanduser().exists():
-        # A snapshot's folder is called after its commit, which the other files must come from.
-        repo, commit = str(path_or_repo), path.name
-        fetch(repo, commit, [*SMALL, *(["*.py"] if python else [])])
+    if repo is not None:
+        download = partial(_download, repo, path, online)
+        download([*SMALL, *(["*.py"] if python else [])])
         for pattern in (SAFETENSORS, PICKLES) if pickles else (SAFETENSORS,):
             names = [glob.escape(f.name) for f in named_by_index(path, pattern) or ()]
-            fetch(repo, commit, names or [pattern], need=names)
+            download(names or [pattern], need=names)
             if any(path.glob(names[0] if names else pattern)):
                 break
+        else:  # without a network, that is why
+            download([SAFETENSORS], need=[SAFETENSORS])
     return Source(path, file, config, repo)
 
 
-def fetch(
-    path_or_repo: str | Path,
-    revision: str | None = None,
-    patterns: Iterable[str] = ("config.json",),
-    need: Iterable[str] = (),
-) -> Path:
-    """A local path as it is, or a Hub repo's files (those of `patterns`) on this machine.
+def fetch_config(path_or_repo: str | Path) -> dict[str, Any]:
+    """The `config.json` of any model: a folder's, or a Hub repo's. Raises `CheckpointError`."""
+    path = local(path_or_repo) or _snapshot(str(path_or_repo))[0]
+    return read_json(find_config(path))
 
-    Without a network, the Hub's cache will do, if it holds a file of each pattern in `need`.
-    """
+
+def local(path_or_repo: str | Path, revision: str | None = None) -> Path | None:
+    """A path that is there; None for the name of a Hub repo. Raises `CheckpointError`."""
     path, name = Path(path_or_repo).expanduser(), str(path_or_repo)
     if path.exists() and name:
         if revision is not None:
@@ -98,32 +106,51 @@ def fetch(
         return path
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name or repr(name)}: no such file or folder")
+    return None
+
+
+def _snapshot(repo: str, revision: str | None = None) -> tuple[Path, bool]:
+    """The folder of a repo's snapshot, with its `config.json`, and whether the Hub was reached.
+
+    Where it was not, a snapshot in the Hub's cache will do.
+    """
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        # Asked first, as the client turns to its cache without a word, and later tries for long.
+        HfApi().repo_info(repo, revision=revision or "main")
+        path = Path(snapshot_download(repo, revision=revision, allow_patterns=["config.json"]))
         if path.is_dir():
-            return path
-        why = f"this repo has no {some(patterns)}"
-    except LocalEntryNotFoundError:
-        config = try_to_load_from_cache(name, "config.json", revision=revision)
-        missing = ["config.json"]
-        if isinstance(config, str):
-            folder = Path(config).parent
-            missing = [pattern for pattern in need if not any(folder.glob(pattern))]
-            if not missing:
-                return folder
-        why = (
-            "no such folder here, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE "
-            f"is set); its cache here has no {some(missing)} of this repo"
-        )
+            return path, True
+        why = "this repo has no config.json"
     except GatedRepoError:
         why = "this repo asks for your consent on the Hub; then log in with `hf auth login`"
     except RepositoryNotFoundError:
         why = "no such folder here, and no such repo on the Hub (or it is private)"
     except RevisionNotFoundError:
         why = f"this repo has no revision {revision!r}"
-    except Exception as e:  # the network's and the client's many ways to fail
+    except (HfHubHTTPError, HFValidationError) as e:
         why = f"no such folder here, and not to be had from the Hub ({one_line(e)})"
-    raise CheckpointError(f"{name}: {why}")
+    except Exception:  # the network's many ways to fail
+        why = f"no such folder here, and {_OFFLINE.format('config.json')}"
+    config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if isinstance(config, str):
+        return Path(config).parent, False
+    raise CheckpointError(f"{repo}: {why}")
+
+
+def _download(
+    repo: str, snapshot: Path, online: bool, patterns: list[str], need: Iterable[str] = ()
+):
+    """Add files to a snapshot, whose folder is called after its commit.
+
+    Without a network they may be missing, but for a file of each pattern in `need`.
+    """
+    if online:
+        try:
+            snapshot_download(repo, revision=snapshot.name, allow_patterns=patterns)
+        except Exception as e:  # the network's and the client's many ways to fail
+            raise CheckpointError(f"{repo}: not to be had from the Hub ({one_line(e)})") from None
+    elif missing := [pattern for pattern in need if not any(snapshot.glob(pattern))]:
+        raise CheckpointError(f"{repo}: {_OFFLINE.format(some(missing))}")
 
 
 def check_is_ksa(config: dict[str, Any], file: Path):

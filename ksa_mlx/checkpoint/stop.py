@@ -8,26 +8,31 @@ from transformers import AutoTokenizer, Qwen3Config
 from ..errors import ConfigError, in_file
 from .source import Source, read_json
 
+# One of these makes a tokenizer.
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 _MARK = "An answer, and nothing else."
 
 
-def eos_ids(config: dict[str, Any]) -> list[int]:
-    """A config's `eos_token_id` as a list. Raises `ConfigError` unless they are token ids."""
+def eos_ids(config: dict[str, Any], end: int) -> list[int]:
+    """A config's `eos_token_id` as a list. Raises `ConfigError` unless they are below `end`."""
     found = config.get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
     for i in ids:
-        if type(i) is not int or i < 0:
-            raise ConfigError("eos_token_id", found, "a token id, or a list of them")
+        if type(i) is not int or not 0 <= i < end:
+            raise ConfigError("eos_token_id", found, f"a token id, or a list of them, below {end}")
     return ids
 
 
-def stop_ids(source: Source) -> list[int]:
-    """The end tokens that a checkpoint's files name: generation_config.json's, or config.json's."""
+def stop_ids(source: Source, end: int) -> list[int]:
+    """The end tokens that a checkpoint's files name: generation_config.json's, or config.json's.
+
+    Text ids are below `end`. Raises `CheckpointError`.
+    """
     ids: list[int] = []
     for file in (source.config_file, source.config_file.with_name("generation_config.json")):
         if file.is_file():
             with in_file(file):
-                ids = eos_ids(read_json(file)) or ids
+                ids = eos_ids(read_json(file), end) or ids
     return ids
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx_lm.cli
 
 from ..cache.rollback import ENOUGH, ROLLBACK
-from ..checkpoint.source import fetch
+from ..checkpoint.source import fetch_config
 from ..errors import KSAError, one_line
 from . import server
 
@@ -81,11 +81,12 @@ def _flags(argv: list[str]) -> argparse.Namespace:
 def _check_is_there(flag: str, name: str):
     """Say which model is missing, or its tokenizer: the libraries that mlx-lm asks name neither."""
     try:
-        folder = fetch(name, patterns=["config.json"])
+        fetch_config(name)
     except KSAError as e:
         raise KSAError(f"{flag}: {e}") from None
     kinds = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
-    if Path(name).is_dir() and not any(any(folder.glob(kind)) for kind in kinds):
+    folder = Path(name)
+    if folder.is_dir() and not any(any(folder.glob(kind)) for kind in kinds):
         raise KSAError(f"{flag}: {name}: found no tokenizer, such as tokenizer.json")
 
 

@@ -23,7 +23,7 @@ from mlx_lm.server import (
     SamplingArguments,
 )
 
-from ..checkpoint.source import fetch
+from ..checkpoint.source import fetch_config
 from ..errors import KSAError, RequestError, one_line
 from .answer import Answer, text_logprobs
 from .replies import HungUp, Replies
@@ -152,7 +152,7 @@ class Handler(mlx_lm.server.APIHandler):
             name = "default_model"
         else:
             try:
-                fetch(name, patterns=["config.json"])
+                fetch_config(name)
             except (KSAError, OSError, ValueError) as e:
                 raise RequestError("model", one_line(e), "model_not_found", 404) from None
         adapter: Any = wanted.adapters  # mlx-lm says str, and takes None
