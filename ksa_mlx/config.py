@@ -215,7 +215,7 @@ class ModelArgs(BaseModelArgs):
         ]
 
     def _summary_layers(self) -> list[bool]:
-        """Which layers have summary attention (Muse, `get_layer_is_summary`)."""
+        """Which layers have summary attention (Kuaishou's Muse, `get_layer_is_summary`)."""
         freq, n = self.summary_layer_freq, self.num_hidden_layers
         if isinstance(freq, str):
             freq = parse_pattern("summary_layer_freq", freq)

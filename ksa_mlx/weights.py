@@ -1,8 +1,9 @@
 """Names and shapes of weights: what a checkpoint holds and what the model keeps of it.
 
-Three layouts: the Hub's (PyTorch), Muse's (training, see `muse.py`) and ours (MLX). Ours is the
-Hub's, except that `model.embed_tokens.weight` and `lm_head.weight` hold text rows only, that
-`model.summary_embedding` is a parameter of its own, and that dead parameters are gone.
+Three layouts: the Hub's (PyTorch), that of Kuaishou's Muse (training, see `muse.py`) and ours
+(MLX). Ours is the Hub's, except that `model.embed_tokens.weight` and `lm_head.weight` hold text
+rows only, that `model.summary_embedding` is a parameter of its own, and that dead parameters are
+gone.
 """
 
 from collections.abc import Iterable, Mapping

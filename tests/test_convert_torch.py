@@ -1,4 +1,4 @@
-"""Checkpoints that need PyTorch: pickles and Muse folders, honest and hostile."""
+"""Checkpoints that need PyTorch: pickles and folders of Kuaishou's Muse, honest and hostile."""
 
 import json
 import pickle

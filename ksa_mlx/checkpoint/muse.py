@@ -1,4 +1,4 @@
-"""Checkpoints of Muse, upstream's training framework: their config and their names.
+"""Checkpoints of Kuaishou's Muse, upstream's training framework: their config and their names.
 
 Source: github Kuaishou-OneRec/KSA at 623c531, `muse/config/model_config.py`,
 `muse/models/qwen3_sa/` and `examples/pretrain/convert/checkpoint.py`.

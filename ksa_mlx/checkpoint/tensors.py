@@ -261,7 +261,7 @@ def from_torch(tensor) -> mx.array:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: a folder (Hub layout or Muse) or a single file."""
+    """The checkpoint at `path`: a folder (Hub layout or Kuaishou's Muse) or a single file."""
     if path.is_file():
         kind = SafetensorsFiles if path.suffix == ".safetensors" else PickleFiles
         return kind(path, [path])
