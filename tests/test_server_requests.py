@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 
+import mlx_lm
 import mlx_lm.server
 import pytest
 from mlx_lm import stream_generate
@@ -17,6 +18,7 @@ from ksa_mlx.stock.prompt_cache import PromptCache
 from ksa_mlx.stock.replies import HungUp, Replies
 from ksa_mlx.stock.server import ResponseGenerator
 
+from ._convert_helpers import add_tokenizer, hub_folder
 from ._server import CHAT, ENDLESS, OURS, TEXT, busy, post, serving
 
 ASK = {
@@ -150,6 +152,7 @@ def test_log_probabilities(server, alone):
     assert all(e["top_logprobs"][0]["logprob"] == e["logprob"] for e in entries)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("alone_in_the_batch", [False, True])
 def test_a_client_that_leaves_stops_its_generation(server, alone, stream, alone_in_the_batch):
@@ -292,3 +295,24 @@ def test_replies_that_nobody_reads():
     dead = Replies(lambda: False, lambda: False)
     with pytest.raises(RuntimeError, match="died"):
         dead.context()
+
+
+def test_a_plain_model(tmp_path):
+    """All of this holds for mlx-lm's own models too."""
+    folder = hub_folder(tmp_path / "plain", "shared_params", use_summary_attention=None)
+    add_tokenizer(folder)
+    model, tokenizer = mlx_lm.load(str(folder))
+    assert model.model_type == "qwen3"
+    width, prompt = model.args.vocab_size, list(range(20))
+    right = "".join(r.text for r in stream_generate(model, tokenizer, prompt, max_tokens=6))
+    with serving(OURS, folder, tmp_path / "log") as server:
+        for body, param in (
+            ({"prompt": [width]}, "prompt"),
+            ({"prompt": ""}, "prompt"),
+            ({"prompt": "w1", "logit_bias": {str(width): 1}}, "logit_bias"),
+            ({"prompt": "w1", "temperature": 1, "top_k": width}, "top_k"),
+        ):
+            status, answer = post(server, body)
+            assert (status, answer["error"]["param"]) == (400, param)
+            for _ in "ab":  # the second time it is a cached text
+                assert texts(post(server, {"prompt": prompt, "max_tokens": 6})[1]) == [right]

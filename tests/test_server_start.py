@@ -53,6 +53,7 @@ def test_a_start_that_cannot_serve(notebook_models, tmp_path, capsys, stock_rest
     assert line.startswith("error: server: ") and says in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["the port", "the model"])
 def test_a_process_that_cannot_serve_ends(notebook_models, wrong):
     with socket.socket() as taken:
@@ -71,6 +72,7 @@ def test_a_process_that_cannot_serve_ends(notebook_models, wrong):
     assert ("Address already in use" if port else "KSA_MLX_ROLLBACK: found 'x'") in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["at once", "after requests", "in the middle of one"])
 def test_ctrl_c(notebook_models, tmp_path, when):
     server = Server(OURS, notebook_models[0], tmp_path / "log")
@@ -94,6 +96,7 @@ def test_ctrl_c(notebook_models, tmp_path, when):
 # What of this stock mlx-lm still needs
 
 
+@pytest.mark.slow
 def test_stock_still_needs_it(notebook_models, tmp_path):
     """When this fails, look which parts of ksa_mlx/stock/ mlx-lm does itself now."""
     flags = ("--trust-remote-code",)

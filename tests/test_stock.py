@@ -55,6 +55,7 @@ def test_unknown_command(capsys):
     assert not out
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("command", [*OURS, "server", "chat"])
 def test_help_of_a_command(command):
     done = subprocess.run(
