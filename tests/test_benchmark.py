@@ -252,6 +252,7 @@ def test_times_of_kernels(run, monkeypatch):
     assert all(r["copy_gb_s"] > 0 and r["gflops"] > 0 for r in rows)
 
 
+@pytest.mark.slow
 def test_building_is_of_the_batches_that_it_says():
     both = building.builders()
     row = building.measure(both, "8 rows, 8 phases", 3)

@@ -113,6 +113,7 @@ def test_converted_and_unconverted_checkpoint(capsys, folder, tmp_path):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_the_embedded_checkpoint_is_loaded_as_it_ships(capsys, folder, tmp_path, monkeypatch):
     """Nothing is written anywhere, and nothing else is read that could be stale or damaged."""
     monkeypatch.setenv("HOME", str(tmp_path))

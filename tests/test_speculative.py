@@ -112,6 +112,7 @@ def test_same_text(name, kind):
     assert accepted >= 4 * 20 * 0.5 if kind == "same" else accepted < 4 * 20
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("num_draft", [4, 6, 7, 8])
 def test_every_number_of_drafts(num_draft):
     """From a prompt within the window into eviction, in steps of all sizes."""
@@ -143,6 +144,7 @@ def test_logits_processors():
     assert got == [int(t) for t, _ in expected]
 
 
+@pytest.mark.slow
 def test_quantised_caches():
     """`kv_bits` from the start: rejected drafts leave no trace in a quantised cache either."""
     shape = dict(head_dim=32, hidden_size=64, **VARIANTS["released layout"])
