@@ -99,7 +99,7 @@ def test_decode_one_step_more(golden):
         assert worst(mx.concatenate(rows), arrays[f"decode_logits_{P}"]) <= TOLERANCE, P
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @cases(HUB)
 def test_greedy(golden):
     """mlx-lm's own generation loop gives the official greedy ids."""

@@ -90,6 +90,9 @@ print(json.dumps(results))
 """
 
 
+pytestmark = pytest.mark.slow  # a server, and downloads of whole models
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """The server after all the runs, with their results, and the folder of their output."""
