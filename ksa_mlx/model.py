@@ -22,6 +22,7 @@ from .cache.rollback import wanted_rollback
 from .cache.rolling import RollingSummaryCache
 from .config import ModelArgs
 from .distributed import Pipeline, shard
+from .naive import predicted
 from .weights import sanitize
 
 
@@ -256,7 +257,7 @@ class Model(nn.Module):
             logits = self.model.embed_tokens.as_linear(h)
         else:
             logits = self.lm_head(h)
-        return logits[..., : self.args.num_predicted]
+        return predicted(self.args, logits)
 
     def make_cache(self) -> list[Any]:
         return make_cache(self)

@@ -72,7 +72,14 @@ def forward(model, inputs: mx.array) -> mx.array:
 
     h = text.norm(h[:, :n])
     logits = text.embed_tokens.as_linear(h) if args.tie_word_embeddings else model.lm_head(h)
-    return logits[..., : args.num_predicted]
+    return predicted(args, logits)
+
+
+def predicted(args, logits: mx.array) -> mx.array:
+    """Logits (..., text ids) with -inf where an id is never predicted."""
+    if args.num_predicted >= logits.shape[-1]:
+        return logits
+    return mx.where(mx.arange(logits.shape[-1]) < args.num_predicted, logits, -mx.inf)
 
 
 def layer_forward(layer, h, n, positions, sees, args):

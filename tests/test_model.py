@@ -193,9 +193,17 @@ def test_half_precision_stays(name, dtype):
     assert {x.dtype for one in segments for x in (one.keys, one.values)} == {dtype}
 
 
-def test_logits_are_cut():
-    assert build(truncate_predict_nums=60)(tokens(3)).shape[-1] == 60
-    assert build(truncate_predict_nums=-1)(tokens(3)).shape[-1] == 64
+def test_what_is_never_predicted():
+    """Logits are as wide as the text vocabulary, so that no bias or penalty is out of bounds."""
+    whole = build(truncate_predict_nums=-1)(tokens(3))
+    for dtype in (mx.float32, mx.bfloat16):
+        model = build(truncate_predict_nums=60)
+        model.set_dtype(dtype)
+        logits = model(tokens(3))
+        assert logits.shape == whole.shape == (1, 3, 64) and logits.dtype == dtype
+        assert (logits[..., 60:] == -mx.inf).all() and mx.isfinite(logits[..., :60]).all()
+        if dtype == mx.float32:
+            assert mx.array_equal(logits[..., :60], whole[..., :60])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
