@@ -186,14 +186,14 @@ def test_know_model(monkeypatch):
         mlx_lm.utils._get_classes({"model_type": "qwen3_ksa"})
 
 
-def test_know_caches(monkeypatch, tmp_path):
+def test_know_cache(monkeypatch, tmp_path):
     model, file = build(), str(tmp_path / "cache.safetensors")
     cache = model.make_cache()
     model(tokens(30), cache=cache)
     save_prompt_cache(file, cache)
     assert [c.offset for c in load_prompt_cache(file)] == [30, 30, 30]
     monkeypatch.delattr(mlx_lm.models.cache, "RollingSummaryCache")
-    with fails_without("register.know_caches", KeyError, "RollingSummaryCache"):
+    with fails_without("register.know_cache", KeyError, "RollingSummaryCache"):
         load_prompt_cache(file)
 
 

@@ -41,8 +41,9 @@ def register():
 
 def know_cache():
     """`load_prompt_cache` looks classes up by name in its own module (mlx-lm#80, #1578)."""
-    if not hasattr(mlx_lm.models.cache, "RollingSummaryCache"):
-        mlx_lm.models.cache.RollingSummaryCache = RollingSummaryCache
+    name = RollingSummaryCache.__name__
+    if not hasattr(mlx_lm.models.cache, name):
+        setattr(mlx_lm.models.cache, name, RollingSummaryCache)
 
 
 def know_model():
