@@ -38,6 +38,10 @@ class SessionError(KSAError):
     """A conversation, or a file of one, that cannot go on as asked."""
 
 
+class ContextError(SessionError):
+    """A conversation that is longer than the model's context."""
+
+
 class RequestError(KSAError):
     """A request to the server that its client must change."""
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import select
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlx.utils import tree_reduce
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from . import __version__
+from .chat.conversation import check_utf8
 from .chat.flags import parse
 from .chat.notebook import CHECKPOINT, notes, run_demo, welcome
 from .chat.prompt_cache_file import cache_owner, is_conversation
@@ -26,19 +28,21 @@ from .checkpoint.source import fetch_config
 from .config import is_ksa
 from .errors import KSAError, SessionError, one_line
 
+# Seconds to wait for a question in a pipe that nobody has written to.
+PATIENCE = 2
+
 
 def read_text(flag: str, text: str) -> str:
     """The text of a flag: itself, standard input for -, or a file for @FILE."""
     if text == "@":
         raise SessionError(f"{flag}: found @, expected @FILE")
     if text != "-" and not text.startswith("@"):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise SessionError(f"{flag}: the text is not UTF-8") from None
+        check_utf8(flag, text)
         return text
     try:
         if text == "-":
+            if sys.stdin is None:
+                raise SessionError(f"{flag}: standard input is closed")
             return sys.stdin.buffer.read().decode("utf-8")
         return Path(text[1:]).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
@@ -151,10 +155,14 @@ def load_model(args: argparse.Namespace, name: str):
         # transformers makes an empty tokenizer where the files of one are missing.
         raise SessionError(f"{name}: found no tokenizer (tokenizer.json or tokenizer.model)")
     for token in args.extra_eos_token:
-        try:
-            tokenizer.add_eos_token(token)
-        except ValueError as e:
-            raise SessionError(f"--extra-eos-token: {one_line(e)}") from None
+        # As in mlx-lm, the token or its id. An unknown one would become the unknown token.
+        number = int(token) if token.isdecimal() else tokenizer.convert_tokens_to_ids(token)
+        text_ids = range(model.args.summary_token_begin)
+        if number not in text_ids or not (
+            token.isdecimal() or tokenizer.convert_ids_to_tokens([number]) == [token]
+        ):
+            raise SessionError(f"--extra-eos-token: found {token!r}, expected a token of {name}")
+        tokenizer.add_eos_token(str(number))
     return model, tokenizer
 
 
@@ -198,11 +206,14 @@ def run(args: argparse.Namespace) -> int:
     name, file = args.model, args.prompt_cache_file
     if name is None and file is not None:
         name = cache_owner(file)
+    chatting = prompt is None and file is None and not args.demo
+    if chatting and sys.stdin is None:
+        raise SessionError("standard input is closed: give --prompt or --demo")
+    # The embedded model knows its notebook and nothing else.
     embedded = name is None
-    nothing_asked = prompt is None and file is None
-    demo = args.demo or (embedded and nothing_asked and not sys.stdin.isatty())
-    # The notebook is there for a chat and for the demonstration, not for a prompt of one's own.
-    notebook = system is None and (demo or (embedded and nothing_asked))
+    alone = embedded and file is None and system is None
+    notebook = args.demo or (alone and not args.ignore_chat_template)
+    demo = args.demo or (chatting and notebook and not sys.stdin.isatty() and not asked())
     session = open_session(args, name or str(CHECKPOINT), notes() if notebook else system)
     if file is not None and not is_conversation(file):
         if prompt is None:
@@ -211,14 +222,23 @@ def run(args: argparse.Namespace) -> int:
     if file is not None:
         session.load(file)
     if demo:
-        run_demo(session)
-    elif prompt is not None:
-        return one_answer(
-            session, session.answer(prompt, args.prefill_response or ""), args.verbose
-        )
-    else:
-        terminal_chat(session, name or "the embedded notebook model", notebook, args.verbose)
-    return 0
+        return run_demo(session, args.verbose)
+    if prompt is not None:
+        answer = session.answer(prompt, args.prefill_response or "")
+        return one_answer(session, answer, args.verbose)
+    return terminal_chat(session, name or "the embedded notebook model", notebook, args.verbose)
+
+
+def asked() -> bool:
+    """Whether standard input, which is no terminal, holds a question."""
+    stdin: Any = sys.stdin
+    try:
+        if not select.select([stdin], [], [], PATIENCE)[0]:
+            print(f"(no question on standard input within {PATIENCE} s)", file=sys.stderr)
+            return False
+        return bool(stdin.buffer.peek(1))
+    except (OSError, ValueError, AttributeError):  # no file of the system's
+        return True
 
 
 def one_answer(session: Session, answer: Iterator[str], verbose: bool) -> int:
@@ -229,25 +249,34 @@ def one_answer(session: Session, answer: Iterator[str], verbose: bool) -> int:
     return 0 if done else 130
 
 
-def terminal_chat(session: Session, name: str, notebook: bool, verbose: bool):
-    """Greet and chat until standard input ends."""
-    size = tree_reduce(lambda n, w: n + w.size, session.model.parameters(), 0)
-    where = "GPU" if mx.default_device() == mx.gpu else "CPU"
-    print(f"ksa-mlx {__version__}: {name}, {size / 1e6:,.1f} M parameters, {where}")
-    if not session.conversation.has_template:
-        print("No chat template: what you type is text that the model continues.")
+def terminal_chat(session: Session, name: str, notebook: bool, verbose: bool) -> int:
+    """Greet and chat until standard input ends. Returns the exit status."""
+    terminal = sys.stdin.isatty()
+    greeting = []
+    if terminal and verbose:
+        size = tree_reduce(lambda n, w: n + w.size, session.model.parameters(), 0)
+        where = "GPU" if mx.default_device() == mx.gpu else "CPU"
+        print(f"ksa-mlx {__version__}: {name}, {size / 1e6:,.1f} M parameters, {where}")
+        if not session.conversation.has_template:
+            greeting.append("No chat template: what you type is text that the model continues.")
+        greeting.append("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.")
     if not session.tokens:
-        read_ahead(session)
-    if notebook:
-        print(welcome(session))
-    print("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.")
-    chat(session, verbose)
-    if session.offset:
-        print(report(session))
+        read_ahead(session, verbose)
+    if greeting and notebook:
+        greeting.insert(0, welcome(session))
+    print("\n".join(greeting), end="\n" if greeting else "")
+    failed = chat(session, verbose)
+    if session.offset and verbose:
+        print(report(session), file=sys.stderr)
+    return 1 if failed and not terminal else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status; every error is one line on standard error."""
+    # MLX takes no file with the number of a closed standard stream.
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(spare)
     try:
         return run(parse(argv))
     except KeyboardInterrupt:

@@ -10,10 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import generate as mlx_generate
@@ -23,11 +26,12 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import ksa_mlx
-from ksa_mlx.chat import flags, notebook
+from ksa_mlx.chat import flags, notebook, reading
 from ksa_mlx.chat.report import cache_bytes, cache_line, full_bytes
 from ksa_mlx.chat.session import Session
+from ksa_mlx.chat.terminal import chat, ctrl_c_stops
 from ksa_mlx.convert import main as convert
-from ksa_mlx.errors import SessionError
+from ksa_mlx.errors import ContextError, SessionError
 from ksa_mlx.generate import main
 
 ROOT = Path(__file__).parent.parent
@@ -270,6 +274,87 @@ def _raise_keyboard_interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 
+NEEDS_A_QUESTION = (
+    "{%- if messages[-1]['role'] != 'user' -%}{{ raise_exception('Ask.') }}{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        NEEDS_A_QUESTION + "{%- for m in messages -%}{{- '<|user|> ' + m['content'] -}}"
+        "{%- endfor -%}{{- '<|assistant|>' -}}",
+        # The system prompt is part of the user's first turn.
+        NEEDS_A_QUESTION + "{{- '<|user|> ' + messages[0]['content'] + ' ' -}}"
+        "{%- for m in messages[1:] -%}{{- m['content'] -}}{%- endfor -%}{{- '<|assistant|>' -}}",
+    ],
+)
+def test_reading_ahead_where_the_template_wants_a_question(session, monkeypatch, template):
+    monkeypatch.setattr(session.tokenizer._tokenizer, "chat_template", template)
+    n = session.read_ahead()
+    assert n == session.offset > 20
+    answer = say(session, "Omar's bike?")
+    assert session.usage.prompt_tokens < n
+    assert answer == fresh(session, session.conversation.messages[:-1])
+
+
+def test_a_template_that_refuses(session, monkeypatch, capsys, folder):
+    refusal = "{{ raise_exception('No system prompts.') }}"
+    monkeypatch.setattr(session.tokenizer._tokenizer, "chat_template", refusal)
+    for act in (session.read_ahead, lambda: say(session, "Omar's bike?")):
+        with pytest.raises(SessionError, match=r"^chat template: refused .*No system prompts"):
+            act()
+
+
+def test_one_beginning_of_the_text_whoever_writes_it(session, monkeypatch):
+    model, tokenizer = session.model, session.tokenizer
+    encode = tokenizer._tokenizer.encode
+
+    def with_bos(text, add_special_tokens=True, **kwargs):
+        ids = encode(text, add_special_tokens=False, **kwargs)
+        return [tokenizer.bos_token_id, *ids] if add_special_tokens else ids
+
+    monkeypatch.setattr(tokenizer._tokenizer, "encode", with_bos)
+    for system in (None, "<s>Notes.", "Notes."):
+        for text in ("hello", "<s>hello"):
+            s = Session(model, tokenizer, "m", system_prompt=system, use_template=False)
+            prompt = s._prompt(text)[0]
+            typed = bool(system) and text.startswith("<s>")
+            assert prompt[0] == tokenizer.bos_token_id and prompt.count(prompt[0]) == 1 + typed
+
+
+def test_several_lines_can_be_continued(loaded):
+    """mlx_lm.cache_prompt's way to read the beginning of a turn."""
+    tokenizer = loaded[1]
+    for text in ("one line", "two\nlines", "two\n lines\n\nmore\n", "a"):
+        turn = [{"role": "user", "content": text}]
+        begun = tokenizer.apply_chat_template(turn, continue_final_message=True)
+        full = tokenizer.apply_chat_template(turn, add_generation_prompt=False)
+        assert begun == full
+
+
+def test_text_that_is_not_utf8(session):
+    with pytest.raises(SessionError, match=r"^prompt: the text is not UTF-8$"):
+        say(session, "caf\udce9")
+
+
+@pytest.mark.parametrize("rate", [2000, 120, 20])
+def test_steps_are_sized_by_time(rate):
+    """Rates of tokens a second. No step but the first takes more than two seconds."""
+    sizes, clock = [], [0.0]
+
+    def model(part, cache):
+        sizes.append(part.shape[1])
+        clock[0] += part.shape[1] / rate
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(reading.time, "perf_counter", lambda: clock[0])
+        done = list(reading.read([(model, [])], list(range(6000)), 2048))
+    assert done == [0, *np.cumsum(sizes)] and done[-1] == 6000
+    assert all(n <= 2 * rate for n in sizes[1:]) and max(sizes) <= 2048
+    assert sizes[1] >= min(rate / 2, 1024)
+
+
 def test_context(session, monkeypatch):
     question = "What is the locker of Maria?"
     messages = [*session.conversation.messages, {"role": "user", "content": question}]
@@ -280,8 +365,17 @@ def test_context(session, monkeypatch):
     session.model.args.max_position_embeddings = n + 2
     say(session, question)
     assert session.offset == n + 2 and session.usage.finish_reason == "context"
-    with pytest.raises(SessionError, match="context"):
+    with pytest.raises(ContextError, match="context"):
         say(session, "Omar's bike?")
+    assert session.offset == n + 2  # nothing is forgotten
+
+
+def test_a_full_context_says_what_to_do(session, monkeypatch, capsys):
+    monkeypatch.setattr(session.model.args, "max_position_embeddings", 40)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is the locker of Maria?\n"))
+    assert chat(session) == 1
+    err = capsys.readouterr().err
+    assert "expected fewer than the context of 40" in err and "/reset begins a new" in err
 
 
 def test_reset(session):
@@ -293,12 +387,28 @@ def test_reset(session):
 
 
 def test_statistics(session):
+    """Like with like: what attention reads, of ours and of full attention, not what is reserved."""
+    layers, heads, dim, size, k, window = 5, 2, 64, 2, 8, 4
+    row = 2 * layers * heads * dim * size
+    for text in ("Omar's bike?", "What is Klara's code?", "And " * 90):
+        say(session, text)
+        n = session.offset
+        assert full_bytes(session) == row * n
+        gone = max(0, (n - 1) // k - window)
+        assert cache_bytes(session) == row * (n - gone * k + gone)
+        ratio = full_bytes(session) / cache_bytes(session)
+        assert cache_line(session).endswith(f"{ratio:.2f} times as much")
+    assert ratio > 1.5
+    session.reset()
+    session.conversation.messages.clear()
+    say(session, "a")
+    assert cache_bytes(session) == full_bytes(session) > 0
+
+
+def test_a_cache_that_is_quantised_later_says_so(session):
+    session.options.update(kv_bits=4, kv_group_size=32)
     say(session, "Omar's bike?")
-    layers, heads, dim, size = 5, 4, 32, 2
-    assert full_bytes(session) == 2 * layers * heads * dim * size * session.offset
-    assert cache_bytes(session) == sum(c.keys.nbytes + c.values.nbytes for c in session.cache) > 0
-    ratio = full_bytes(session) / cache_bytes(session)
-    assert cache_line(session).endswith(f"{ratio:.2f} times as much")
+    assert cache_line(session).endswith("; quantised from 5,000 tokens on (--quantized-kv-start)")
 
 
 # Saved conversations
@@ -339,7 +449,7 @@ def test_save_refuses(session, tmp_path):
     with pytest.raises(SessionError, match=r"notes.safetensors: found another kind of file"):
         session.save(notes)
     assert notes.read_text() == "mine"
-    with pytest.raises(SessionError, match="cannot be written"):
+    with pytest.raises(SessionError, match=r"no such folder: no such folder$"):
         session.save(tmp_path / "no such folder" / "talk")
     assert [f.name for f in tmp_path.iterdir()] == ["notes.safetensors"]
 
@@ -376,15 +486,20 @@ def test_load_refuses_damage(session, tmp_path, damage):
         if damage == "layers":
             cache = cache[:-1]
         if damage == "offset":
-            cache[2].offset -= 1
+            cache[2].place = cache[2].place._replace(offset=session.offset - 1)
         if damage == "window":
-            cache[1].window = 9
+            cache[1].place = cache[1].place._replace(window=9)
         if damage == "text":
             saved["tokens"] = "none"
         save_prompt_cache(str(file), cache, {**metadata, "ksa_mlx": json.dumps(saved)})
     with pytest.raises(SessionError, match=r"talk.safetensors: "):
         session.load(file)
     assert session.tokens == before  # the conversation stays as it was
+
+
+def test_load_refuses_another_kind_of_file(session, folder):
+    with pytest.raises(SessionError, match=r"model.safetensors: found no prompt cache"):
+        session.load(folder / "model.safetensors")
 
 
 def test_prompt_cache_file(capsys, session, folder, tmp_path):
@@ -609,13 +724,69 @@ def test_ids_outside_the_text_vocabulary(capsys, folder, tmp_path):
     refused(capsys, argv, "token 1536", "<|summary|>", "0 to 1535")
 
 
+def test_tokens_that_end_an_answer(capsys, folder):
+    ask = ["--model", str(folder), "--prompt", "a", "--ignore-chat-template", "--extra-eos-token"]
+    for token in ("nosuch", "1536", "99999", "-1"):
+        refused(capsys, [*ask, "6", token] if token == "-1" else [*ask, token], "--extra-eos-token")
+    assert main([*ask[:-1], "-m", "6"]) == 0
+    said, tokenizer = capsys.readouterr().out, ksa_mlx.load(folder)[1]
+    first = tokenizer.encode(said, add_special_tokens=False)[0]
+    for token in (str(first), tokenizer.convert_ids_to_tokens([first])[0], "<|user|>"):
+        assert main([*ask, token, "-m", "6"]) == 0
+        out = capsys.readouterr().out
+        assert out == said if token == "<|user|>" else out == "\n"
+
+
 # The embedded default
 
 
 @pytest.mark.slow
+def test_a_question_on_the_command_line_is_about_the_notebook(capsys):
+    assert main(["-p", notebook.QUESTIONS[0][0], "--verbose", "False"]) == 0
+    assert capsys.readouterr() == (" 6967.\n", "")
+
+
+@pytest.mark.slow
+def test_questions_in_a_pipe_are_answered():
+    done = program(input=f"{notebook.QUESTIONS[0][0]}\n")
+    assert done.returncode == 0 and done.stdout == "6967.\n", done
+    assert "KV cache: " in done.stderr
+
+
+@pytest.mark.slow
+def test_a_pipe_with_nothing_in_it_gets_the_demonstration():
+    """One that is empty, and one that nobody writes to and nobody closes."""
+    read, write = os.pipe()
+    try:
+        done = program("--demo", "--max-tokens", "4", stdin=read)
+        assert done.returncode == 0 and done.stdout.count("Question: ") == 3
+        silent = program("--max-tokens", "4", stdin=read)
+        assert silent.stdout.count("Question: ") == 3
+        assert "(no question on standard input within 2 s)" in silent.stderr
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+@pytest.mark.parametrize(
+    "flags, status, says",
+    [
+        ("", 1, "error: standard input is closed: give --prompt or --demo\n"),
+        ("-p -", 1, "error: --prompt: standard input is closed\n"),
+        ("-p hi -m 2 --verbose False --ignore-chat-template", 0, ""),
+    ],
+)
+def test_closed_standard_input(flags, status, says):
+    command = f'exec "{sys.executable}" "{ROOT}/generate.py" {flags} <&-'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (status, says)
+
+
+@pytest.mark.slow
 def test_demo(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert main([]) == 0
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert main([]) == 0
     out, _ = capsys.readouterr()
     for question, note in notebook.QUESTIONS:
         assert question in out and note in out and note in notebook.notes()
@@ -643,6 +814,11 @@ def test_embedded_tokenizer_round_trips(loaded):
 # The chat, in a terminal and in a pipe
 
 
+def program(*argv, **kwargs):
+    command = [sys.executable, str(ROOT / "generate.py"), *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
 class Terminal:
     """A chat behind a pseudo-terminal."""
 
@@ -652,6 +828,7 @@ class Terminal:
             os.environ["TERM"] = "dumb"
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under a script's background job
             os.execv(sys.executable, [sys.executable, str(ROOT / "generate.py"), *argv])
+        termios.tcsetwinsize(self.fd, (24, 100))  # a bar needs room
         self.text = ""
 
     def until(self, pattern: str, seconds: float = 60) -> str:
@@ -730,7 +907,10 @@ def test_chat_in_a_terminal(tmp_path):
         assert "error: /save: expected a file name" in t.say("/save", "\n> ")
         assert "no such file" in t.say("/load none", "\n> ")
         assert "no such command" in t.say("/nonsense", "\n> ")
-        assert "/reset" in t.say("/help", "\n> ")
+        assert "/reset" in t.say("/help", "\n> ") and "/reset" in t.say("/?", "\n> ")
+        assert "expected nothing behind it" in t.say("/quit now", "\n> ")
+        several = t.say('"""Tom\'s bike is red.\nThe hat of Tom is blue.\n"""', r"read at.*\r\n> ")
+        assert several.count("... ") == 2
         t.ctrl_c_at_the_prompt("Ctrl-D")
         os.write(t.fd, b"\x04")  # Ctrl-D
         assert t.end() == 0
@@ -761,19 +941,83 @@ def test_ctrl_c_stops_the_answer(tmp_path):
 
 
 @pytest.mark.slow
+def test_ctrl_c_while_a_prompt_is_read():
+    """The bar goes, what was read stays read, and the chat says how much that is."""
+    t = Terminal()
+    try:
+        t.until("Reading:")
+        pressed = time.monotonic()
+        os.write(t.fd, b"\x03")
+        t.until(r"\(stopped: ")
+        read, total = re.match(r"([\d,]+) of ([\d,]+)$", t.until(" tokens are read")).groups()
+        assert time.monotonic() - pressed < 10  # a step of about a second, on a busy machine
+        greeting = t.until("\n> ")
+        assert f"{read} of {total} tokens" in greeting and "Reading" not in greeting
+        read, total = (int(n.replace(",", "")) for n in (read, total))
+        assert 0 < read < total
+        assert f"for {read:,} tokens" in t.say("/stats", "\n> ")
+        t.say(notebook.QUESTIONS[0][0], r"6967\.\r\n")
+        rest = re.search(r"([\d,]+) tokens read", t.until("a second"))[1]
+        assert total - read < int(rest.replace(",", "")) < total - read + 30
+    finally:
+        os.close(t.fd)
+
+
+def test_ctrl_c_is_answered_at_once(session, capsys):
+    """Python's own handlers run only when MLX gives control back, after the step."""
+    begin, seen = time.monotonic(), []
+
+    def press():
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+        while not session.stop and time.monotonic() < begin + 20:
+            time.sleep(0.01)
+        seen.append(time.monotonic())
+
+    thread = threading.Thread(target=press)
+    a = mx.random.normal((1500, 1500))
+    with ctrl_c_stops(session):
+        thread.start()
+        while time.monotonic() < begin + 1.5:
+            for _ in range(20):
+                a = (a @ a) * 1e-2
+            mx.eval(a)
+        ended = time.monotonic()
+    thread.join()
+    assert session.stop and seen[0] < ended
+    assert "(stopping after this step)" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt), ctrl_c_stops(session):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_while_it_starts_is_quiet():
+    command = [sys.executable, "-X", "importtime", str(ROOT / "generate.py"), "-p", "x"]
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "| " not in (line := p.stderr.readline()) or " mlx" not in line:
+        assert line
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and not out
+    assert not [line for line in err.splitlines() if not line.startswith("import time:")]
+
+
+@pytest.mark.slow
 def test_chat_in_a_pipe_and_ctrl_c_without_one(folder, tmp_path):
     """Lines from a pipe are turns too; and one answer that is stopped ends with 130."""
-    program = [sys.executable, str(ROOT / "generate.py"), "--model", str(folder)]
+    command = [sys.executable, str(ROOT / "generate.py"), "--model", str(folder)]
     lines = (
         f"Maria's locker is 4821. Maria's locker?\n/save {tmp_path}/t\n/load {tmp_path}/t\n/stats\n"
     )
-    r = subprocess.run(program, input=lines, capture_output=True, text=True, timeout=60)
-    assert r.returncode == 0 and r.stdout.count("KV cache: ") == 2, r
-    assert "Traceback" not in r.stderr
+    r = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=60)
+    assert r.returncode == 0 and r.stdout.count("KV cache: ") == 1, r
+    assert "KV cache: " in r.stderr and "Traceback" not in r.stderr
+    failed = subprocess.run(command, input="/load none\n", capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr == "error: none.safetensors: no such file\n"
     assert "(saved " in r.stdout and "(loaded " in r.stdout
 
     endless = ["--ignore-chat-template", "-p", "a", "--temp", "30", "-m", "20000"]
-    p = subprocess.Popen([*program, *endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p = subprocess.Popen([*command, *endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert p.stdout.read(20)
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)

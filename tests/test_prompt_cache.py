@@ -15,8 +15,8 @@ from ksa_mlx.generate import main
 
 from ._server import environment
 
-# One line: mlx_lm.cache_prompt asks for a template that keeps a message as it is.
-NOTES = " ".join(notebook.notes().splitlines()[:25])
+# Several lines, which the template changes: mlx_lm.cache_prompt looks for them as they are.
+NOTES = "\n".join(notebook.notes().splitlines()[:25])
 QUESTION = " What is the phone of Hugo?"
 
 

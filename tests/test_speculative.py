@@ -333,7 +333,7 @@ def test_a_draft_with_quantised_caches(notebook_models):
     drafted = Session(model, tokenizer, "m", **about, draft_model=draft)
     for question in ("What is the phone of Hugo?", "What is the hotel of Liam?"):
         assert "".join(plain.answer(question)) == "".join(drafted.answer(question))
-    assert all(hasattr(c, "bits") for c in drafted.own_cache)
+    assert all(c.storage.bits == 8 for c in drafted.own_cache)
     assert {c.offset for c in drafted.cache} == {drafted.offset}
 
 

@@ -12,11 +12,13 @@ import mlx_lm.utils
 import pytest
 from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models.cache import LRUPromptCache, load_prompt_cache, save_prompt_cache
+from mlx_lm.tokenizer_utils import StreamingDetokenizer
 from transformers import AutoConfig
 
 import ksa_mlx
 from ksa_mlx.__main__ import OURS, main
 from ksa_mlx.cache.rollback import ENOUGH, ROLLBACK
+from ksa_mlx.chat.notebook import CHECKPOINT
 from ksa_mlx.stock import commands, register
 from ksa_mlx.stock.prompt_cache import PromptCache
 from ksa_mlx.stock.server import ResponseGenerator
@@ -184,6 +186,28 @@ def test_know_model(monkeypatch):
     monkeypatch.delitem(sys.modules, "mlx_lm.models.qwen3_ksa")
     with fails_without("register.know_model", ValueError, "not supported"):
         mlx_lm.utils._get_classes({"model_type": "qwen3_ksa"})
+
+
+def test_text_never_goes_back():
+    _, tokenizer = ksa_mlx.load(CHECKPOINT)
+
+    def pieces(last_segment, text):
+        detokenizer, found = tokenizer.detokenizer, []
+        for token in tokenizer.encode(text, add_special_tokens=False):
+            detokenizer.add_token(token)
+            found.append(last_segment(detokenizer))
+        detokenizer.finalize()
+        return "".join([*found, last_segment(detokenizer)])
+
+    def stock(detokenizer):
+        text = detokenizer.text
+        segment, detokenizer.offset = text[detokenizer.offset :], len(text)
+        return segment
+
+    ours = StreamingDetokenizer.last_segment.fget
+    for text in ("plain words", "naïve café", "日本語", "🎉🎉 ok", "ąę\n\nZürich 東京"):
+        assert pieces(ours, text) == text
+    assert pieces(stock, "日本語") != "日本語", NOT_NEEDED + "text_never_goes_back"
 
 
 def test_know_cache(monkeypatch, tmp_path):

@@ -21,6 +21,10 @@ CHAT_TEMPLATE = (
     "{%- else -%}{{- ('<|system|> ' if m['role'] == 'system' else '<|user|> ') + "
     "(m['content'] | trim | replace('\\n ', '\\n') | replace('\\n', '\\n ')) -}}"
     "{%- if m['role'] == 'system' -%}{{- '<|end|>' -}}{%- endif -%}{%- endif -%}"
+    # A message that is to be continued has this mark, where transformers cuts the text; before, it
+    # looks for the message as it was given.
+    "{%- if 'CONTINUE_FINAL_MESSAGE_TAG' in m['content'] -%}"
+    "{{- m['content'] | replace('CONTINUE_FINAL_MESSAGE_TAG', '') -}}{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )

@@ -45,6 +45,7 @@ class Conversation:
 
         begun: how the answer begins.
         """
+        check_utf8("prompt", text)
         if not self.has_template:
             new = self._encode(text) if self.plain else self._begin(text)
             return self.plain + new if new else []
@@ -110,3 +111,11 @@ def user(text: str) -> dict[str, str]:
 def assistant(text: str) -> dict[str, str]:
     """An answer."""
     return {"role": "assistant", "content": text}
+
+
+def check_utf8(what: str, text: str) -> None:
+    """Refuse what came as other bytes than UTF-8, which Python keeps as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise SessionError(f"{what}: the text is not UTF-8") from None

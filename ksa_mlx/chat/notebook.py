@@ -24,19 +24,25 @@ def notes() -> str:
 
 
 def welcome(session: Session) -> str:
-    """What to try in a chat about the notebook."""
-    lines = notes().count("\n") + 1
+    """What to try in a chat about the notebook, and what not to."""
+    lines, total = notes().count("\n") + 1, len(session.conversation.opening())
+    part = f"{session.offset:,} of " if session.offset < total else ""
     asks = "\n".join(f"  {question}" for question, _ in QUESTIONS)
     return (
-        f"A notebook of {lines} notes is loaded ({session.offset:,} tokens). Ask about one:\n{asks}"
+        f"A notebook of {lines} notes is loaded ({part}{total:,} tokens). Ask about one:\n{asks}\n"
+        "The model is tiny: to anything but short questions about notes it says nonsense."
     )
 
 
-def run_demo(session: Session):
-    """Ask the questions over the notebook and print the answers, and what the cache holds."""
+def run_demo(session: Session, verbose: bool = True) -> int:
+    """Ask the questions over the notebook and print the answers, and what the cache holds.
+
+    Returns the exit status.
+    """
     text = notes()
     start = time.perf_counter()
-    read_ahead(session)
+    if not read_ahead(session, verbose):
+        return 130
     seconds, count = time.perf_counter() - start, text.count("\n") + 1
     print(f"Read a notebook of {count} notes, {session.offset:,} tokens, in {seconds:.1f} s.\n")
     for question, note in QUESTIONS:
@@ -47,3 +53,4 @@ def run_demo(session: Session):
         print(f"The note: {note} ({back:,} tokens back)\n")
         session.show_references()
     print(report(session))
+    return 0

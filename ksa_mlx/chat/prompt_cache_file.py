@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,12 @@ def write(file: Path, model, name: str, cache: list[Any], about: dict[str, Any])
         about: "messages", "plain" and "tokens" of a `Session`.
     """
     file = cache_file(file)
+    if not file.parent.is_dir():
+        raise SessionError(f"{file.parent}: no such folder")
     if file.exists() and cache_owner(file) is None:
         raise SessionError(f"{file}: found another kind of file, which stays as it is")
+    if not os.access(file.parent, os.W_OK):
+        raise SessionError(f"{file.parent}: not writable")
     about = {**about, "fingerprint": fingerprint(model)}
     # The first two are what mlx_lm.generate reads.
     metadata = {"model": name, "tokenizer_config": "{}", ENTRY: json.dumps(about)}
@@ -78,7 +83,7 @@ def read(file: Path, model, name: str) -> tuple[list[Any], dict[str, Any] | None
 
 def open_cache(file: Path) -> tuple[list[Any], dict[str, Any]]:
     """A prompt cache file's caches and metadata. Raises SessionError if it is damaged."""
-    if not _metadata(file):
+    if "1.0" not in _metadata(file):  # the first layer's class
         raise SessionError(f"{file}: found no prompt cache, or a damaged one")
     try:
         cache, metadata = load_prompt_cache(str(file), return_metadata=True)
@@ -121,7 +126,8 @@ def check(file: Path, model, cache: list[Any], offset: int):
             same = isinstance(c, (KVCache, QuantizedKVCache))
         same = same and c.offset == offset and not c.empty()
         for one in segments_of(c) if same else ():
-            for x in (one.keys, one.values):
+            pair: Any = one.keys, one.values
+            for x in pair:
                 dim = args.head_dim
                 if one.form.bits:  # (packed, scales, biases): a scale a group
                     x, dim = x[1], dim // one.form.group_size

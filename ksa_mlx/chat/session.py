@@ -15,7 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..cache.make import make_cache
 from ..cache.rollback import settle
-from ..errors import SessionError
+from ..errors import ContextError, SessionError
 from ..model import Model
 from ..references.trace import Trace, question_start, trace_answer
 from . import prompt_cache_file, reading
@@ -223,7 +223,7 @@ class Session:
         Raises SessionError, and changes nothing, for a prompt that the model cannot read.
         """
         if len(prompt) >= self.context:
-            raise SessionError(
+            raise ContextError(
                 f"{what}: found {len(prompt):,} tokens, expected fewer than the context of "
                 f"{self.context:,} (max_position_embeddings)"
             )

@@ -282,14 +282,14 @@ def trace_answer(
 class _Observed:
     """A decoder layer that also reports the attention of its text queries; it changes nothing."""
 
-    def __init__(self, layer, report: Callable[[mx.array], None], split: int):
-        self.layer, self.report, self.split = layer, report, split
+    def __init__(self, layer, report: Callable[[mx.array], None], chunk: int, split: int):
+        self.layer, self.report, self.chunk, self.split = layer, report, chunk, split
 
-    def __call__(self, h, step, mask=None, cache=None):
-        attn, L = self.layer.self_attn, step.length
-        queries = attn.text_queries(self.layer.input_layernorm(h[:, :L]), step.offset)
-        out = self.layer(h, step, mask, cache)
-        self.report(chunk_mass(queries, cache, step.chunk, self.split))
+    def __call__(self, h, call, mask=None, cache=None):
+        attn, L = self.layer.self_attn, call.length
+        queries = attn.text_queries(self.layer.input_layernorm(h[:, :L]), call.offset)
+        out = self.layer(h, call, mask, cache)
+        self.report(chunk_mass(queries, cache, self.chunk, self.split))
         return out
 
 
@@ -297,8 +297,10 @@ def observed(text_model, report: Callable[[int, mx.array], None], split: int):
     """A `KSAModel` on the same weights whose layers report (layer, what `chunk_mass` returns).
     `text_model` itself stays as it is."""
 
+    chunk = text_model.args.summary_chunk_size
+
     def observe(i, layer):
-        return _Observed(layer, lambda mass: report(i, mass), split)
+        return _Observed(layer, lambda mass: report(i, mass), chunk, split)
 
     shadow = copy.copy(text_model)
     shadow.layers = [observe(i, layer) for i, layer in enumerate(text_model.layers)]

@@ -9,9 +9,11 @@ import functools
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx_lm.models.cache
 import mlx_lm.utils
+from mlx_lm import tokenizer_utils
 from transformers import AutoConfig, Qwen3Config
 
 from .. import model
@@ -33,10 +35,29 @@ class _Config(Qwen3Config):
 def register():
     """Make mlx-lm know the caches and the model, unless it brings its own. Idempotent."""
     know_cache()
+    text_never_goes_back()
     if _MODULE not in sys.modules and importlib.util.find_spec(_MODULE) is None:
         know_model()
         know_config()
         load_ours()
+
+
+def text_never_goes_back():
+    """Make a streaming detokenizer give every piece of text once.
+
+    Where the tokenizer spells characters in bytes, as SentencePiece does, its `decode` makes one
+    replacement character of each byte while the last character is incomplete, and mlx-lm's naive
+    detokenizer drops those: its text gets shorter for a while, and what was dropped came again.
+    """
+
+    def last_segment(self) -> str:
+        text = self.text
+        segment = text[self.offset :]
+        self.offset = max(self.offset, len(text))
+        return segment
+
+    streaming: Any = tokenizer_utils.StreamingDetokenizer
+    streaming.last_segment = property(last_segment)
 
 
 def know_cache():
