@@ -148,7 +148,9 @@ def hub(tmp_path_factory):
     return server
 
 
-@pytest.fixture(scope="module", params=["HF_HUB_OFFLINE", "no network"])
+@pytest.fixture(
+    scope="module", params=["HF_HUB_OFFLINE", pytest.param("no network", marks=pytest.mark.slow)]
+)
 def alone(request, hub):
     """What can be done with the cache alone."""
     environment = dict(hub.environment)  # its server is gone by now
