@@ -40,10 +40,10 @@ def logits(model):
 def batched(model):
     """Logits of two texts of different length in one batched cache."""
     caches = [model.make_cache() for _ in range(2)]
-    for cache, n in zip(caches, (9, 30)):
+    for cache, n in zip(caches, (9, 30), strict=True):
         model(tokens(n), cache=cache)
         mx.eval([c.state for c in cache])
-    both = [type(c).merge([c, d]) for c, d in zip(*caches)]
+    both = [type(c).merge([c, d]) for c, d in zip(*caches, strict=True)]
     outs = []
     for seed in range(6):
         outs.append(model(tokens(1, 2, seed=seed), cache=both))
@@ -73,11 +73,15 @@ def variants():
                 assert [type(c) for c in cache] == [type(c) for c in own]
                 assert [c.nbytes for c in cache] == [c.nbytes for c in own], name
             elif kv_heads % 2:
-                refused(lambda: model.shard(world), f"num_key_value_heads: found {kv_heads}")
+                refused(
+                    lambda model=model: model.shard(world), f"num_key_value_heads: found {kv_heads}"
+                )
             else:
                 model.shard(world)
                 cache = check(f"{name}, {mode}", exact, model)
-                assert all(c.nbytes * 2 == e.nbytes for c, e in zip(cache, exact[2])), name
+                assert all(
+                    c.nbytes * 2 == e.nbytes for c, e in zip(cache, exact[2], strict=True)
+                ), name
 
 
 def refused(action, message):
@@ -116,7 +120,7 @@ def folders(paths):
         whole, tokenizer = load(path)
         prompts = [tokenizer.encode(prompt), tokenizer.encode("The seat of Felix is")]
 
-        def texts(model):
+        def texts(model, tokenizer=tokenizer, prompts=prompts):
             one = "".join(
                 r.text for r in stream_generate(model, tokenizer, prompts[0], max_tokens=8)
             )

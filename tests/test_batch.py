@@ -38,7 +38,7 @@ class Row:
 
 
 def check(name, rows, lengths, out):
-    for b, (row, n) in enumerate(zip(rows, lengths)):
+    for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
         expected = reference(name, row.which)[1][:, row.at : row.at + n]
         assert worst(out[b : b + 1, :n], expected) <= TOLERANCE, (row.which, row.at, n)
         row.at += n
@@ -48,8 +48,12 @@ def feed(name, rows, lengths, cache):
     """One model call with right padding, as PromptProcessingBatch does it, in two halves."""
     longest = max(lengths)
     padding = [longest - n for n in lengths]
-    texts = [reference(name, r.which)[0][:, r.at : r.at + n] for r, n in zip(rows, lengths)]
-    padded = mx.concatenate([mx.pad(t, [(0, 0), (0, p)]) for t, p in zip(texts, padding)])
+    texts = [
+        reference(name, r.which)[0][:, r.at : r.at + n] for r, n in zip(rows, lengths, strict=True)
+    ]
+    padded = mx.concatenate(
+        [mx.pad(t, [(0, 0), (0, p)]) for t, p in zip(texts, padding, strict=True)]
+    )
     if max(padding):
         for c in cache:
             c.prepare(lengths=lengths, right_padding=padding)
@@ -85,8 +89,8 @@ def test_any_schedule(name, data):
         return row, cache
 
     def merged(n):
-        rows, caches = zip(*[single() for _ in range(n)])
-        return list(rows), [cs[0].merge(list(cs)) for cs in zip(*caches)]
+        rows, caches = zip(*[single() for _ in range(n)], strict=True)
+        return list(rows), [cs[0].merge(list(cs)) for cs in zip(*caches, strict=True)]
 
     rows, cache = merged(data.draw(st.integers(1, 3), "rows"))
     for _ in range(data.draw(st.integers(1, 8), "steps")):
@@ -94,7 +98,7 @@ def test_any_schedule(name, data):
         action = data.draw(st.sampled_from("step step prompt join leave extract".split()), "action")
         if action == "join" and len(rows) < 5:
             more, other = merged(data.draw(st.integers(1, 2), "joining"))
-            for a, b in zip(cache, other):
+            for a, b in zip(cache, other, strict=True):
                 a.extend(b)
             rows += more
         elif action == "leave" and len(rows) > 1:
@@ -157,9 +161,9 @@ def test_batch_generator_with_late_comers(name):
 def test_merging_leaves_the_parts_alone():
     model = build()
     caches = [model.make_cache() for _ in range(2)]
-    for n, cache in zip((30, 9), caches):
+    for n, cache in zip((30, 9), caches, strict=True):
         mx.eval(model(tokens(n), cache=cache))
-    batch = [a.merge([a, b]) for a, b in zip(*caches)]
+    batch = [a.merge([a, b]) for a, b in zip(*caches, strict=True)]
     assert isinstance(batch[0], BatchRollingSummaryCache)
     assert batch[0].offset.tolist() == [30, 9] and batch[0].size() == 30
     assert batch[0].nbytes == sum(c[0].nbytes for c in caches)

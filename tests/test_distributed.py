@@ -1,5 +1,6 @@
 """Several machines: two processes on this one, started by mlx.launch with the ring backend."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -75,10 +76,8 @@ def launch(*command) -> subprocess.Popen:
 
 
 def stop(process: subprocess.Popen) -> str:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     return process.communicate()[0]
 
 

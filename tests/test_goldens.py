@@ -4,6 +4,7 @@ import functools
 
 import mlx.core as mx
 import pytest
+from mlx_lm.generate import generate_step
 
 import ksa_mlx
 from ksa_mlx import naive
@@ -103,8 +104,6 @@ def test_decode_one_step_more(golden):
 @cases(HUB)
 def test_greedy(golden):
     """mlx-lm's own generation loop gives the official greedy ids."""
-    from mlx_lm.generate import generate_step
-
     model, arrays = golden
     for P in DECODED:
         expected = arrays[f"greedy_prefill_{P}"].tolist()

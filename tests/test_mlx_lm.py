@@ -63,9 +63,7 @@ def scorer(monkeypatch):
     for name, part in parts.items():
         monkeypatch.setitem(sys.modules, name, part)
     monkeypatch.delitem(sys.modules, "mlx_lm.evaluate", raising=False)
-    from mlx_lm import evaluate
-
-    yield evaluate.MLXLM
+    yield importlib.import_module("mlx_lm.evaluate").MLXLM
     sys.modules.pop("mlx_lm.evaluate", None)
 
 
@@ -103,12 +101,12 @@ def test_evaluate_loglikelihoods(scorer):
     prefix = words(40, 1)
     pairs = [(prefix, " " + words(n, n)) for n in (1, 9, 30)] + [(words(11, 5), " " + words(25, 6))]
     found = lm.loglikelihood([types.SimpleNamespace(args=p) for p in pairs])
-    for (context, rest), (score, _) in zip(pairs, found):
+    for (context, rest), (score, _) in zip(pairs, found, strict=True):
         ids = encode(context + rest, True)
         expected = log_probs(model, ids)[len(encode(context, True)) - 1 :].sum().item()
         assert score == pytest.approx(expected, abs=2e-3)
     rolling = lm.loglikelihood_rolling([types.SimpleNamespace(args=(c + r,)) for c, r in pairs])
-    for (context, rest), score in zip(pairs, rolling):
+    for (context, rest), score in zip(pairs, rolling, strict=True):
         expected = log_probs(model, encode(context + rest, True)).sum().item()
         assert score == pytest.approx(expected, abs=1e-2)
 

@@ -104,7 +104,7 @@ def test_same_text(name, kind):
     model, draft = model_of(name), draft_of(kind, name)
     accepted = 0
     # Prompts that end before, at and behind the edges of chunk and window.
-    for num_draft, length in zip((1, 2, 3, 5), (1, 11, 12, 13)):
+    for num_draft, length in zip((1, 2, 3, 5), (1, 11, 12, 13), strict=True):
         prompt = tokens(length, seed=length)[0].tolist()
         got, n = speculated(model, draft, prompt, 20, num_draft)
         assert got == plain(model, prompt, 20), (num_draft, length)
@@ -167,7 +167,9 @@ def test_long_run():
         prompt = tokens(1 + 13 * i, seed=50 + i)[0].tolist()
         got, n = speculated(model_of(name), draft_of(kind, name), prompt, each, 1 + i % 8)
         expected = plain(model_of(name), prompt, each)
-        different += sum(a != b for a, b in zip(got, expected)) + abs(len(got) - len(expected))
+        different += sum(a != b for a, b in zip(got, expected, strict=False)) + abs(
+            len(got) - len(expected)
+        )
         total, accepted = total + len(got), accepted + n
     print(
         f"\n{len(runs)} prompts, {total} tokens, {accepted} proposed by the draft, {different} differ"
@@ -177,7 +179,7 @@ def test_long_run():
 
 def test_refused_without_rollback():
     model = model_of("released layout")
-    with pytest.raises(ValueError, match="trimmable.*RollingSummaryCache"):
+    with pytest.raises(ValueError, match=r"trimmable.*RollingSummaryCache"):
         speculated(model, model, [1, 2, 3], 5, 2, rollback=0)
 
 
@@ -185,7 +187,7 @@ def test_more_drafts_than_rollback():
     """A rejection beyond reach raises, naming the rollback; nothing wrong is generated."""
     model, draft = model_of("released layout"), draft_of("other KSA", "")
     prompt = tokens(40)[0].tolist()
-    with pytest.raises(ValueError, match="cannot take back .* rollback=1"):
+    with pytest.raises(ValueError, match=r"cannot take back .* rollback=1"):
         speculated(model, draft, prompt, 60, 8, rollback=1)
 
 

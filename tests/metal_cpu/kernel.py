@@ -118,7 +118,8 @@ class metal_kernel:  # in lower case, as it takes the place of a function
         given = dict(
             zip(
                 self.input_names,
-                (self._buffer(x, n, record) for x, n in zip(inputs, self.input_names)),
+                (self._buffer(x, n, record) for x, n in zip(inputs, self.input_names, strict=True)),
+                strict=True,
             )
         )
         buffers = []
@@ -171,13 +172,14 @@ class metal_kernel:  # in lower case, as it takes the place of a function
         first = None
         for seed in range(settings.seed, settings.seed + settings.orders):
             outputs = [
-                memory.new_output(s, d, init_value) for s, d in zip(output_shapes, output_dtypes)
+                memory.new_output(s, d, init_value)
+                for s, d in zip(output_shapes, output_dtypes, strict=True)
             ]
             launch.run(
                 library, names, buffers + outputs, writable, record,
                 seed=seed, flags=flags, initialised=init_value is not None,
             )  # fmt: skip
-            for name, a, b in zip(self.output_names, outputs, first or outputs):
+            for name, a, b in zip(self.output_names, outputs, first or outputs, strict=True):
                 if a.tobytes() != b.tobytes():
                     raise launch.KernelFault(
                         self.name,
@@ -186,7 +188,7 @@ class metal_kernel:  # in lower case, as it takes the place of a function
             first = outputs
         return [
             mx.array(o).view(d) if d == mx.bfloat16 else mx.array(o)
-            for o, d in zip(first, output_dtypes)
+            for o, d in zip(first, output_dtypes, strict=True)
         ]
 
 

@@ -134,7 +134,7 @@ def run(
     """Run with numpy arrays as buffers, in place, and add the counts to `record`. Raises KernelFault."""
     buffers = (_Buffer * len(arrays))()
     touched = {}
-    for buffer, name, array, is_output in zip(buffers, names, arrays, writable):
+    for buffer, name, array, is_output in zip(buffers, names, arrays, writable, strict=True):
         buffer.data, buffer.bytes, buffer.name = array.ctypes.data, extent(array), name.encode()
         buffer.itemsize = array.itemsize
         buffer.writable, buffer.initialised = is_output, is_output and initialised
@@ -149,9 +149,9 @@ def run(
     if _load(library)(ctypes.byref(request)):
         raise KernelFault(record.kernel, _with_lines(library, report.value.decode()))
     record.threadgroups, record.threadgroup_bytes = request.threadgroups, request.threadgroup_bytes
-    for name, count in zip(MEETINGS, request.meetings):
+    for name, count in zip(MEETINGS, request.meetings, strict=True):
         setattr(record, name, count)
-    for buffer, name, array in zip(buffers, names, arrays):
+    for buffer, name, array in zip(buffers, names, arrays, strict=True):
         traffic = Traffic(
             array.shape,
             array.itemsize,
@@ -162,7 +162,7 @@ def run(
         )
         if name in touched:
             bytewise = np.lib.stride_tricks.as_strided(
-                touched[name], array.shape + (array.itemsize,), array.strides + (1,)
+                touched[name], (*array.shape, array.itemsize), (*array.strides, 1)
             )
             traffic.touched = bytewise.any(axis=-1)
         record.buffers[name] = traffic

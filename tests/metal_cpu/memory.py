@@ -32,7 +32,9 @@ def extent(array: np.ndarray) -> int:
         raise NotImplementedError("inputs with negative strides and ensure_row_contiguous=False")
     if array.size == 0:
         return 0
-    return sum((n - 1) * s for n, s in zip(array.shape, array.strides)) + array.itemsize
+    return (
+        sum((n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)) + array.itemsize
+    )
 
 
 def _room(nbytes: int, offset: int) -> np.ndarray:

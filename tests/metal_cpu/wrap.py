@@ -104,7 +104,7 @@ def kernel_source(
     if template := tuple((n, v) for n, v in template or ()):
         function += "__" + "_".join(_template_value(value) for _, value in template)
     arguments = []
-    for input_name, array in zip(input_names, inputs):
+    for input_name, array in zip(input_names, inputs, strict=True):
         small = array.size < MAX_CONSTANT_SIZE
         space, dtype, mark = (
             "constant" if small else "device",
@@ -138,7 +138,7 @@ def kernel_source(
                         what,
                     )
                 )
-    for output_name, dtype in zip(output_names, output_dtypes):
+    for output_name, dtype in zip(output_names, output_dtypes, strict=True):
         function += f"_{TYPES[dtype]}"
         dtype = f"atomic<{TYPES[dtype]}>" if atomic_outputs else TYPES[dtype]
         arguments.append(

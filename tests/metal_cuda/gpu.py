@@ -32,7 +32,7 @@ def _context() -> str:
     device, context, version = c_int(), c_void_p(), [c_int(), c_int()]
     _call("cuInit", 0)
     _call("cuDeviceGet", byref(device), 0)
-    for number, attribute in zip(version, (75, 76)):  # COMPUTE_CAPABILITY_MAJOR, MINOR
+    for number, attribute in zip(version, (75, 76), strict=True):  # COMPUTE_CAPABILITY_MAJOR, MINOR
         _call("cuDeviceGetAttribute", byref(number), attribute, device)
     _call("cuDevicePrimaryCtxRetain", byref(context), device)
     _call("cuCtxSetCurrent", context)
@@ -50,7 +50,7 @@ def _function(kernel) -> c_void_p:
 
 def launch(source, buffers, outputs, record):
     """Run a kernel on numpy arrays, each in an allocation of its own size; see stand_in.running."""
-    if any(n % m for n, m in zip(record.grid, record.threadgroup)):
+    if any(n % m for n, m in zip(record.grid, record.threadgroup, strict=True)):
         raise NotImplementedError(f"{record.kernel}: the grid is not one of whole threadgroups")
     function, held = _function(source), []
     try:
@@ -60,10 +60,10 @@ def launch(source, buffers, outputs, record):
             host = c_void_p(array.ctypes.data)
             _call("cuMemcpyHtoD_v2", held[-1], host, c_size_t(array.nbytes))
         pointers = (c_void_p * len(held))(*(ctypes.addressof(p) for p in held))
-        blocks = [n // m for n, m in zip(record.grid, record.threadgroup)]
+        blocks = [n // m for n, m in zip(record.grid, record.threadgroup, strict=True)]
         _call("cuLaunchKernel", function, *blocks, *record.threadgroup, 0, None, pointers, None)
         _call("cuCtxSynchronize")
-        for array, pointer in zip(outputs, held[len(buffers) :]):
+        for array, pointer in zip(outputs, held[len(buffers) :], strict=True):
             host = c_void_p(array.ctypes.data)
             _call("cuMemcpyDtoH_v2", host, pointer, c_size_t(array.nbytes))
     finally:

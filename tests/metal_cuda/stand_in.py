@@ -21,10 +21,10 @@ def running(launch, reload=()):
 
     class metal_kernel(metal_cpu.metal_kernel):
         def _run(self, source, buffers, output_shapes, output_dtypes, init_value, record):
-            given = zip(output_shapes, output_dtypes)
+            given = zip(output_shapes, output_dtypes, strict=True)
             outputs = [memory.new_output(s, d, init_value) for s, d in given]
             launch(source, buffers, outputs, record)
-            arrays = zip(map(mx.array, outputs), output_dtypes)
+            arrays = zip(map(mx.array, outputs), output_dtypes, strict=True)
             return [x.view(d) if d == mx.bfloat16 else x for x, d in arrays]
 
     real, cpu._log = mx.fast.metal_kernel, metal_cpu.Log()
