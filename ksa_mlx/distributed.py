@@ -66,6 +66,8 @@ class Pipeline(PipelineMixin):
     windowed layer of the whole model.
     """
 
+    args: Any  # of the model
+
     def pipeline(self, group: mx.distributed.Group, split: list[int] | None = None):
         """Keep this rank's layers; `split[r]` is how many rank r has (default: even, low ranks
         take what is left over).

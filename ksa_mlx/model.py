@@ -122,7 +122,7 @@ class Attention(nn.Module):
             q, k, v = call.by_row(q), call.by_row(k), call.by_row(v)
         q, k = self._rotate_text(q, call.offset), self._rotate_text(k, call.offset)
         summaries = text = None
-        if has_summaries:
+        if sk is not None and sv is not None:
             summaries = self._rotate_at(sk, call.summary_positions), sv.swapaxes(1, 2)
 
         if self.window is None:
@@ -135,9 +135,9 @@ class Attention(nn.Module):
         else:
             out, text = windowed_attention(q, k, v, summaries, cache, call, self.window)
         out = out.swapaxes(1, 2).reshape(B, L, -1)
-        if has_summaries and not self.last:
-            sq = self._rotate_at(sq, call.summary_positions)
-            rows = summary_attention(sq, *summaries, *text, call.chunks).swapaxes(1, 2)
+        if sq is not None and summaries and text:
+            sq, (sk, sv), (tk, tv) = self._rotate_at(sq, call.summary_positions), summaries, text
+            rows = summary_attention(sq, sk, sv, tk, tv, call.chunks).swapaxes(1, 2)
             out = mx.concatenate([out, rows.reshape(B, call.rows, -1)], axis=1)
         return self.o_proj(out)
 

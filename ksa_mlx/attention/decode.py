@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..cache.storage import Affine, Held, Segment, part_of
+from ..cache.storage import PLAIN, Affine, Held, Segment, part_of
 from . import metal
 from .plan import BLOCK
 
@@ -48,7 +48,8 @@ def decode_ops(queries: mx.array, segments: list[Segment]) -> mx.array:
     q = (queries * queries.shape[-1] ** -0.5).reshape(
         queries.shape[0], kv_heads, -1, length, queries.shape[-1]
     )
-    parts, edges = [], []
+    parts: list[mx.array] = []
+    edges: list[int] = []
     for keys, _, start, stop, form in segments:
         edges.append((edges[-1] if edges else 0) + stop - start)
         parts.append(form.scores(q, part_of(keys, start, stop)))
@@ -58,11 +59,11 @@ def decode_ops(queries: mx.array, segments: list[Segment]) -> mx.array:
         sees = mx.arange(n)[None] <= mx.arange(n - length, n)[:, None]
         scores = mx.where(sees, scores, -mx.inf)
     weights = mx.split(mx.softmax(scores, axis=-1, precise=True), edges[:-1], axis=-1)
-    out = None
-    for w, (_, values, start, stop, form) in zip(weights, segments, strict=True):
-        some = form.weigh(w, part_of(values, start, stop))
-        out = some if out is None else out + some
-    return out.reshape(queries.shape)
+    weighed = [
+        form.weigh(w, part_of(values, start, stop))
+        for w, (_, values, start, stop, form) in zip(weights, segments, strict=True)
+    ]
+    return sum(weighed[1:], weighed[0]).reshape(queries.shape)
 
 
 def attend(
@@ -78,7 +79,8 @@ def attend(
     """
     length = queries.shape[2]
     if length > BLOCK and isinstance(mask, str) and mx.default_device() == mx.cpu:
-        before, outputs = keys.shape[2] - length, []
+        before = keys.shape[2] - length
+        outputs: list[mx.array] = []
         for a in range(0, length, BLOCK):
             b = min(a + BLOCK, length)
             seen = keys[:, :, : before + b], values[:, :, : before + b]
@@ -268,13 +270,11 @@ def _difference_over(dtype, dim, group, rows, formats, slots: int) -> float:
     for i, (bits, size) in enumerate(formats):
         pair, last = held[2 * i : 2 * i + 2], i == len(formats) - 1
         part = slice(3, slots - 2) if last else slice(0, slots // 4)
-        form = Affine(bits, size)
-        if bits:
-            planes = form.encode(*pair)
-            pair, exact = form.pair(planes), form.decode(planes)
-        else:
-            exact = pair
-        segments.append(Segment(*pair, part.start, part.stop, form))
+        form = Affine(bits, size) if bits else PLAIN
+        planes = form.encode(*pair)
+        keys, values = form.pair(planes)
+        segments.append(Segment(keys, values, part.start, part.stop, form))
+        exact = form.decode(planes)
         seen.append([x[:, :, part] for x in exact])
     keys, values = (mx.concatenate(x, axis=2) for x in zip(*seen, strict=True))
     return metal.distance(queries, keys, values, "causal", decode_kernel(queries, segments))

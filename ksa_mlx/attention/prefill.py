@@ -37,10 +37,10 @@ def prefill(
     """
     if kernels and _kernel_runs(kernels, queries, keys):
         # Plain buffers are passed whole, as a view of them would be copied.
-        *held, end = cache.summaries_for_kernel()
-        k, s = cache.place.chunk, cache.place.summary_tokens
-        where = ([x] * queries.shape[0] for x in (step.length, step.offset, start, end))
-        return prefill_kernel(queries, keys, values, *held, layout(*where, k, s, window))
+        own_keys, own_values, end = cache.summaries_for_kernel()
+        k, s, B = cache.place.chunk, cache.place.summary_tokens, queries.shape[0]
+        where = layout([step.length] * B, [step.offset] * B, [start] * B, [end] * B, k, s, window)
+        return prefill_kernel(queries, keys, values, own_keys, own_values, where)
     return prefill_ops(queries, keys, values, start, cache.summaries(), step, window)
 
 
@@ -67,8 +67,8 @@ def prefill_ops(
                 mx.concatenate([x[:, :, unseen:], y], axis=2)
                 for x, y in zip(summaries, block, strict=True)
             ]
-        rows = queries[:, :, a - step.offset : b - step.offset]
-        outputs.append(attend(rows, *block, mask, outputs[-1:]))
+        rows, (some, of_some) = queries[:, :, a - step.offset : b - step.offset], block
+        outputs.append(attend(rows, some, of_some, mask, outputs[-1:]))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
@@ -141,6 +141,9 @@ def _difference(dtype: mx.Dtype, dim: int, group: int) -> float:
     left = sees.shape[1] - n
     queries, *text = metal.random(dtype, (1, group, n, dim), *[(1, 1, n, dim)] * 2)
     held = metal.random(dtype, *[(1, 1, left, dim)] * 2)
-    got = prefill_kernel(queries, *text, *held, layout([n], [0], [0], [left], chunk, 1, window))
-    seen = [mx.concatenate([t, x[:, :, ::-1]], axis=2) for t, x in zip(text, held, strict=True)]
-    return metal.distance(queries, *seen, sees, got)
+    where = layout([n], [0], [0], [left], chunk, 1, window)
+    got = prefill_kernel(queries, text[0], text[1], held[0], held[1], where)
+    keys, values = (
+        mx.concatenate([t, x[:, :, ::-1]], axis=2) for t, x in zip(text, held, strict=True)
+    )
+    return metal.distance(queries, keys, values, sees, got)

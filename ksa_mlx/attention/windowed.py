@@ -64,7 +64,7 @@ def _rows(queries, keys, values, summaries, cache, call) -> Attended:
     for text, row, step in zip(rows, cache.rows, call.steps, strict=True):
         n, own = step.length, None
         if n < call.columns:
-            text = [x[:, :, :n] for x in text]
+            text = tuple(x[:, :, :n] for x in text)
         if step.chunks:
             count = step.chunks * step.args.summary_token_num
             own = tuple(x[:, :, done : done + count] for x in summaries)
@@ -90,15 +90,16 @@ def _step(
         return _many(queries, pair, summaries, cache, step, kernels)
     texts = cache.begin(moves, pair, summaries)
     if len(moves.pieces) == 1:
-        segments = cache.append(moves.pieces[0], *pair)
-        out = decode(queries, segments, kernels)
+        out = decode(queries, cache.append(moves.pieces[0], *pair), kernels)
     else:
         outputs = []
         for piece in moves.pieces:
             q, *part = (x[:, :, piece.start : piece.stop] for x in text)
             outputs.append(decode(q, cache.append(piece, *part), kernels))
         out = mx.concatenate(outputs, axis=2)
-    return out, texts + cache.end(moves)
+    if moves.behind:
+        texts.append(cache.copy_of(moves.behind))
+    return out, texts
 
 
 def _many(queries, pair, summaries, cache, step, kernels) -> Attended:

@@ -79,7 +79,7 @@ class BatchRollingSummaryCache(_BaseCache):
         """Text tokens of each sequence, (B,)."""
         return mx.array([row.place.offset for row in self.rows], dtype=mx.int32)
 
-    @property
+    @property  # type: ignore[misc]
     def state(self):
         return [row.state for row in self.rows], self._left
 

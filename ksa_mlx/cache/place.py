@@ -49,7 +49,8 @@ class Piece(NamedTuple):
 
     slot: where the first of them is written. rolls: whether a chunk begins with it, and the full
     one before moves into the ring, to slot `ring` (None without a window). summaries, text: how
-    many of each the last token sees. ahead: what is read behind it.
+    many of each the last token sees. ahead: what is read behind it. after: where the cache stands
+    then.
     """
 
     start: int
@@ -60,17 +61,18 @@ class Piece(NamedTuple):
     summaries: int
     text: int
     ahead: Ahead | None
+    after: "Place"
 
 
 class Moves(NamedTuple):
     """What one call of few tokens does to a cache; the same in all layers of one window.
 
-    after: where the cache stands then. pieces: the tokens, in order. The text of the chunks that
-    the call summarises, in order: `before` is read before anything is written, from what was read
-    ahead where `is_ahead`; `new` are tokens of the call; `behind` is read at the end.
+    summaries, text: how many of each there must be room for. pieces: the tokens, in order. The
+    text of the chunks that the call summarises, in order: `before` is read before anything is
+    written, from what was read ahead where `is_ahead`; `new` are tokens of the call; `behind` is
+    read at the end.
     """
 
-    after: "Place"
     summaries: int
     text: int
     pieces: list[Piece]
@@ -143,6 +145,7 @@ class Place(NamedTuple):
         """What to read now that the open chunk is full."""
         leaving = self.open - self.window
         closed = self.read(self.open * self.chunk, self.offset).text
+        assert closed is not None
         if not self.undo and leaving < self.summarised:
             return Ahead(closed, None, None)
         left = self.read(leaving * self.chunk, (leaving + 1) * self.chunk).text
@@ -184,14 +187,14 @@ class Place(NamedTuple):
             at = at._replace(offset=at.offset + stop - start)
             ahead = at.ahead() if at.offset % k == 0 and at.offset > W * k else None
             ring = (chunk - 1) % W * k if rolls and W else None
-            pieces.append(Piece(start, stop, slot, rolls, ring, *at.seen, ahead))
             if ahead and ahead.undo is not None:
                 at = at._replace(oldest=max(at.oldest, at.open - W + 1 - at.undo))
+            pieces.append(Piece(start, stop, slot, rolls, ring, *at.seen, ahead, at))
         behind = None
         if max(first, leaving) < last:
             behind = at.read(max(first, leaving) * k, min(last * k, at.offset))
         summaries = at.summarised * self.summary_tokens
-        return Moves(at, summaries, room, pieces, before, is_ahead, new, behind)
+        return Moves(summaries, room, pieces, before, is_ahead, new, behind)
 
     def runs(self, size: int, first: int, length: int) -> Iterator[tuple[int, slice]]:
         """Where `length` tokens from chunk `first` on lie in a ring of `size` chunks."""

@@ -61,7 +61,7 @@ class RollingSummaryCache(_BaseCache):
         chunks summarised."""
         return [(self.place.offset, length, self.place.summarised)]
 
-    # Reading on: `begin`, then `append` for each piece, then `end`; or `extend`
+    # Reading on: `begin`, then `append` for each piece; or `extend`
 
     def begin(self, moves: Moves, text: Pair, summaries: Pair | None) -> list[Pair]:
         """Make room for a call and store its summaries.
@@ -78,7 +78,7 @@ class RollingSummaryCache(_BaseCache):
         if moves.is_ahead and self._ahead and self._ahead[1]:
             parts.append(storage.form.decode(self._ahead[1]))
         elif moves.before:
-            parts.append(storage.form.decode(self._read(moves.before)))
+            parts.append(self.copy_of(moves.before))
         if moves.new:
             new = (x[:, :, moves.new] for x in text)
             parts.append(storage.form.decode(storage.form.encode(*new)))
@@ -92,24 +92,22 @@ class RollingSummaryCache(_BaseCache):
             self._roll(piece)
         storage.text.put(storage.left + piece.slot, storage.form.encode(keys, values))
         segments = storage.segments(piece.summaries, piece.text)
+        self.place = piece.after
         if piece.ahead:
             # Whoever reads the segments also reads ahead, before the next step writes.
             ahead = self._read_ahead(piece.ahead)
             segments = [one.behind(ahead) for one in segments]
         return segments
 
-    def end(self, moves: Moves) -> list[Pair]:
-        """Close a call. Returns the rest of the text that its summaries need."""
-        self.place = moves.after
-        if not moves.behind:
-            return []
-        return [self.storage.form.decode(self._read(moves.behind))]
+    def copy_of(self, reading: Reading) -> Pair:
+        """A copy of some text, in order: keys and values as they are read."""
+        return self.storage.form.decode(self._read(reading))
 
     def _read_ahead(self, ahead: Ahead) -> Planes:
         closed = self.storage.take(ahead.closed)
         left = None if ahead.left is None else self.storage.take(ahead.left)
         self._ahead = closed, left
-        if ahead.undo is None:
+        if ahead.undo is None or left is None:
             return closed + (left or [])
         self._put_undo(ahead.undo, left)
         return closed + self.undo.planes
@@ -119,7 +117,7 @@ class RollingSummaryCache(_BaseCache):
         if self._ahead is None:
             # Taken back to here, or read from a file.
             self._read_ahead(self.place.ahead())
-        if piece.ring is not None:
+        if piece.ring is not None and self._ahead:
             self.storage.text.put(self.storage.left + piece.ring, self._ahead[0])
         self._ahead = None
 
@@ -189,7 +187,7 @@ class RollingSummaryCache(_BaseCache):
     def text(self, first: int) -> Pair:
         """Keys and values of the text from chunk `first` on, in order."""
         place = self.place
-        return self.storage.form.decode(self._read(place.read(first * place.chunk, place.offset)))
+        return self.copy_of(place.read(first * place.chunk, place.offset))
 
     def summaries_for_kernel(self) -> tuple[mx.array, mx.array, int]:
         """Keys and values of a buffer where all summaries lie newest first, and the slot behind."""

@@ -5,7 +5,7 @@ format six (packed, scales, biases of the keys, then of the values); in all of t
 tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from .place import CAPACITY
 
 Planes = list[mx.array]
-Held = mx.array | tuple[mx.array, mx.array, mx.array]  # keys or values: plain, or affine
+Held: TypeAlias = Any  # keys or values: an array, or (packed, scales, biases)
 
 
 class Plain:
@@ -104,11 +104,11 @@ class Segment(NamedTuple):
 
     def behind(self, arrays: list[mx.array]) -> "Segment":
         """The same; whoever evaluates it evaluates these arrays too."""
-        pair = (
+        keys, values = (
             mx.depends([x], arrays)[0] if isinstance(x, mx.array) else tuple(mx.depends(x, arrays))
             for x in self[:2]
         )
-        return Segment(*pair, *self[2:])
+        return self._replace(keys=keys, values=values)
 
 
 def segments_of(cache: Any) -> list[Segment]:
