@@ -133,3 +133,21 @@ def test_a_group_that_does_not_divide():
     cache = [c.to_quantized(group_size=64, bits=8) for c in model.make_cache()]
     with pytest.raises(ValueError, match="found 64, expected a divisor of head_dim = 16"):
         model(tokens(3), cache=cache)
+
+
+def test_a_saved_plain_cache_keeps_the_bits_of_its_text():
+    """`text_bits` is a wish for later: what is saved before mlx-lm quantises still has it."""
+    model = model_of()
+    cache = ksa_mlx.make_cache(model, text_bits=8)
+    model(tokens(60), cache=cache)
+    loaded = roundtrip(cache)[0].to_quantized(group_size=32, bits=4)
+    assert [one.form.bits for one in loaded.visible] == [4, 8]
+
+
+def test_a_state_of_another_layout_is_refused():
+    """Also one whose first arrays another host would take for plain keys and values."""
+    cache = ksa_mlx.make_cache(model_of())[0]
+    for state in ((mx.zeros((1, 2, 8, 64)), mx.zeros((1, 2, 8, 64))), (mx.array([1, 8, 1]),)):
+        with pytest.raises(ValueError, match="of another version of ksa-mlx"):
+            RollingSummaryCache.from_state(state)
+    assert cache.state[0].ndim == 1

@@ -21,7 +21,7 @@ from ..cache.rolling import RollingSummaryCache
 from ..checkpoint import load as checkpoint
 from ..checkpoint.source import read_json
 from ..config import MODEL_TYPE, is_ksa
-from . import dora
+from . import dora, ids
 
 # The name of `model_file.py` in a converted folder.
 MODEL_FILE = "ksa_model.py"
@@ -42,6 +42,7 @@ def register():
         know_config()
         load_ours()
         dora.install()
+        ids.install()
 
 
 def text_never_goes_back():
