@@ -1,10 +1,17 @@
 import random
+import signal
 from collections import defaultdict
 
 import pytest
 
 from ksa_mlx.chat import notebook
 from ksa_mlx.convert import convert
+
+
+def pytest_sessionstart():
+    """A background job inherits that SIGINT is ignored, and so would all that the tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

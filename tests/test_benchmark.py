@@ -278,10 +278,13 @@ def test_nothing_measured_is_lost(how, tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
     lines, end = [], time.monotonic() + 120
-    while not (lines and lines[-1].startswith("1100 ")) and time.monotonic() < end:
-        lines.append(process.stdout.readline())
-    os.kill(process.pid, how)
-    _, err = process.communicate(timeout=60)
+    try:
+        while not (lines and lines[-1].startswith("1100 ")) and time.monotonic() < end:
+            lines.append(process.stdout.readline())
+        os.kill(process.pid, how)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert [line.split()[0] for line in lines[-2:]] == ["64", "1100"]
     assert [r["context"] for r in json.loads(path.read_text())["decode"]] == [64, 1100]
     assert list(tmp_path.iterdir()) == [path]
