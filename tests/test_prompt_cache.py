@@ -154,7 +154,7 @@ def test_quantised_file(model, tmp_path, capsys, expected):
     )
     assert done.returncode == 0, done.stderr
     cache = load_prompt_cache(str(file))
-    assert cache[0].bits == 8
+    assert cache[0].storage.bits == 8
     ask = ["--prompt-cache-file", str(file), "--prompt", QUESTION, "--max-tokens", "12"]
     assert main([*ask, *map(str, bits)]) == 0
     assert capsys.readouterr().out.rstrip("\n") == expected

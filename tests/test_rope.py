@@ -130,7 +130,10 @@ def test_fields_beside():
     with pytest.raises(ConfigError, match="partial_rotary_factor"):
         args_of(None, partial_rotary_factor=0.5)
     with pytest.raises(ConfigError, match=r"rope_parameters: .*what rope_scaling says"):
-        args_of({"rope_type": "linear", "factor": 2.0}, rope_parameters={"rope_type": "yarn"})
+        args_of(
+            {"rope_type": "linear", "factor": 2.0},
+            rope_parameters={"rope_type": "yarn", "factor": 2.0},
+        )
     theta = {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}
     with pytest.raises(ConfigError, match=r"rope_scaling\.rope_theta: found 7.0"):
         args_of(theta)
