@@ -14,6 +14,8 @@ import mlx.core as mx
 
 from ..errors import SessionError
 
+generate: Any = importlib.import_module("mlx_lm.generate")  # mlx_lm has a function of that name
+
 
 def table_of(model: Any) -> int | None:
     """How many ids a model knows; None where its configuration does not say."""
@@ -38,7 +40,6 @@ def check_ids(prompt: Any, *models: Any):
 
 def install():
     """Make mlx-lm's generation, by one sequence, with a draft and in batches, check first."""
-    generate: Any = importlib.import_module("mlx_lm.generate")  # mlx_lm has a function of that name
     generate.generate_step = _checked(generate.generate_step, 1)
     generate.speculative_generate_step = _checked(generate.speculative_generate_step, 2)
     insert = generate.BatchGenerator.insert_segments
