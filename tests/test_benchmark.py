@@ -49,6 +49,7 @@ def run(tiny, capsys, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_models(run, tmp_path):
     # The shape of the 4B is only allocated, for its held bytes.
     argv = ["--shape", "tiny", "--contexts", 1100, 40, "--prefill", 70, "--steps", 2]
@@ -293,6 +294,7 @@ def test_nothing_measured_is_lost(how, tmp_path):
         assert err == "stopped; what was measured stands above\n"
 
 
+@pytest.mark.slow
 def test_command_line():
     command = [sys.executable, "-m", "ksa_mlx.benchmark", "--contexts", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

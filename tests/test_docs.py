@@ -102,6 +102,7 @@ def blocks(*words: str) -> list[tuple[str, str]]:
     return [(code, re.findall(r"^print\(.*#\s*(.*)$", code, re.M)[0]) for code in found]
 
 
+@pytest.mark.slow
 def test_readme_python(capsys, monkeypatch):
     """The Python of the README prints what it says."""
     monkeypatch.chdir(ROOT)

@@ -776,6 +776,7 @@ def test_a_pipe_with_nothing_in_it_gets_the_demonstration():
         ("-p hi -m 2 --verbose False --ignore-chat-template", 0, ""),
     ],
 )
+@pytest.mark.slow
 def test_closed_standard_input(flags, status, says):
     command = f'exec "{sys.executable}" "{ROOT}/generate.py" {flags} <&-'
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
@@ -963,6 +964,7 @@ def test_ctrl_c_while_a_prompt_is_read():
         os.close(t.fd)
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_answered_at_once(session, capsys):
     """Python's own handlers run only when MLX gives control back, after the step."""
     begin, seen = time.monotonic(), []

@@ -56,6 +56,7 @@ def some_of_each():
         prefill_kernel(x, x, x, x, x, where)
 
 
+@pytest.mark.slow
 def test_kernels_compile():
     sources = collect(some_of_each)
     ptx = metal_cuda.ptx(metal_cuda.cuda_source(sources.values()))

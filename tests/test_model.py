@@ -118,6 +118,7 @@ def test_no_dense_mask_in_prefill():
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("windows", [3, [3, 2000, 3], 300])
+@pytest.mark.slow
 def test_many_rows_go_block_by_block(windows):
     """A call of several blocks: its values, its gradient, and a workspace of one block."""
     model = build(summary_sliding_chunk_num=windows, num_attention_heads=4)

@@ -177,6 +177,7 @@ def test_chat(model):
         assert done.returncode == 0 and "891" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_generate_py_with_quantised_caches(model, capsys):
     ask = ["--model", str(model), "--system-prompt", NOTES, "--prompt", QUESTION]
     assert main(ask) == 0

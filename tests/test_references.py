@@ -283,6 +283,7 @@ def test_first_chunk_counts_unless_it_is_a_sink(monkeypatch):
         assert ((trace.token_weights[trace.token_chunks == 0] > 0) == counts).all()
 
 
+@pytest.mark.slow
 def test_session_gives_what_a_reading_of_its_own_gives(embedded, asked):
     session, answer, trace = asked
     model, tokenizer = embedded

@@ -192,6 +192,7 @@ def test_an_exact_hit_leaves_one_token_to_read():
     assert got[0].offset == len(text) - len(rest) > 0
 
 
+@pytest.mark.slow
 def test_entries_hold_what_their_keys_say():
     """After speculative decoding the caches are a token behind; with rollback prefixes stay."""
     model, draft = build(), build(seed=1, **VARIANTS["different windows"])

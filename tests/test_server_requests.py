@@ -90,6 +90,7 @@ def test_what_is_refused_names_its_field(server):
     assert server.get("/health")[0] == 200
 
 
+@pytest.mark.slow
 def test_what_is_served(server, alone):
     notes = notebook.notes().splitlines()
     prompts = ["\n".join(notes[:n]) for n in (1, 30, 5)]
@@ -109,6 +110,7 @@ def test_what_is_served(server, alone):
     assert server.get("/v1/models/nosuch")[0] == 404
 
 
+@pytest.mark.slow
 def test_the_context_is_kept(notebook_models, tmp_path):
     """A prompt that fills it is refused, a shorter one generates no further than its end."""
     folder = shutil.copytree(notebook_models[0], tmp_path / "short")
@@ -155,6 +157,7 @@ def test_log_probabilities(server, alone):
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("alone_in_the_batch", [False, True])
+@pytest.mark.slow
 def test_a_client_that_leaves_stops_its_generation(server, alone, stream, alone_in_the_batch):
     body = {**ENDLESS, "stream": stream, "max_tokens": 30_000}
     if alone_in_the_batch:  # mlx-lm's other way to generate
@@ -300,6 +303,7 @@ def test_replies_that_nobody_reads():
         dead.context()
 
 
+@pytest.mark.slow
 def test_a_plain_model(tmp_path):
     """All of this holds for mlx-lm's own models too."""
     folder = hub_folder(tmp_path / "plain", "shared_params", use_summary_attention=None)
