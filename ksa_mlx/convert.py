@@ -24,7 +24,13 @@ from mlx_lm.convert import configure_parser, mixed_quant_predicate_builder
 
 from .checkpoint.described import Described, describe, quantization
 from .checkpoint.source import Source, open_source, read_json
-from .checkpoint.stop import TOKENIZER, add_end_of_turn, load_tokenizer, stop_ids
+from .checkpoint.stop import (
+    TOKENIZER,
+    add_end_of_turn,
+    has_tokenizer,
+    load_tokenizer,
+    stop_ids,
+)
 from .checkpoint.tensors import Checkpoint, Dequantized, open_checkpoint
 from .checkpoint.write import ShardWriter, dropped, workspace, write_weights
 from .config import MODEL_TYPE, ModelArgs
@@ -250,7 +256,7 @@ def _copy_files(source: Source, folder: Path, python: bool) -> list[str]:
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
     shutil.copyfile(Path(__file__).parent / "stock" / "model_file.py", folder / MODEL_FILE)
-    if any(any(folder.glob(pattern)) for pattern in TOKENIZER):
+    if has_tokenizer(folder):
         return []
     return [f"warning: {source.folder}: no tokenizer; converted without one"]
 

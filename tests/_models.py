@@ -2,7 +2,9 @@
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from mlx_lm.generate import speculative_generate_step
 
+import ksa_mlx
 from ksa_mlx.config import ModelArgs
 from ksa_mlx.model import Model
 
@@ -79,3 +81,14 @@ def worst(a: mx.array, b: mx.array) -> float:
         return 0.0
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     return mx.where(a == b, 0, mx.abs(a - b)).max().item()
+
+
+def after_drafts(model, draft, text: list[int], stop: int):
+    """The caches that speculative decoding leaves after `stop` tokens, and these tokens."""
+    cache = ksa_mlx.make_cache(model, 4) + ksa_mlx.make_cache(draft, 4)
+    steps = speculative_generate_step(
+        mx.array(text), model, draft, num_draft_tokens=3, max_tokens=20, prompt_cache=cache
+    )
+    said = [next(steps)[0] for _ in range(stop)]
+    steps.close()
+    return cache, said

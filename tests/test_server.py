@@ -17,7 +17,7 @@ from ksa_mlx.chat import notebook
 from ksa_mlx.stock.prompt_cache import PromptCache
 from ksa_mlx.stock.server import ResponseGenerator
 
-from ._models import VARIANTS, build, tokens
+from ._models import VARIANTS, after_drafts, build, tokens
 from ._server import OURS, STOCK, serving
 from .soak import soak
 
@@ -198,12 +198,7 @@ def test_entries_hold_what_their_keys_say():
     model, draft = build(), build(seed=1, **VARIANTS["different windows"])
     text, kept = tokens(40)[0].tolist(), PromptCache(9)
     for stop in range(1, 8):
-        cache = ksa_mlx.make_cache(model, 4) + ksa_mlx.make_cache(draft, 4)
-        steps = speculative_generate_step(
-            mx.array(text), model, draft, num_draft_tokens=3, max_tokens=20, prompt_cache=cache
-        )
-        said = [next(steps)[0] for _ in range(stop)]
-        steps.close()
+        cache, said = after_drafts(model, draft, text, stop)
         kept.insert_cache("model", text + said, cache)
         more = [*text, *said, 7, 8]
         before = copy.deepcopy(kept)

@@ -10,7 +10,6 @@ import mlx_lm.cli
 import mlx_lm.models.cache
 import mlx_lm.utils
 import pytest
-from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models.cache import LRUPromptCache, load_prompt_cache, save_prompt_cache
 from mlx_lm.tokenizer_utils import StreamingDetokenizer
 from transformers import AutoConfig
@@ -24,7 +23,7 @@ from ksa_mlx.stock.prompt_cache import PromptCache
 from ksa_mlx.stock.server import ResponseGenerator
 
 from ._convert_helpers import add_tokenizer, convert, hub_folder
-from ._models import VARIANTS, build, tokens
+from ._models import VARIANTS, after_drafts, build, tokens
 
 NOT_NEEDED = "mlx-lm does it itself now: remove stock/"
 
@@ -274,12 +273,7 @@ def test_prompt_cache_after_speculation():
     model, draft = build(), build(seed=1, **VARIANTS["different windows"])
     text, behind = tokens(40)[0].tolist(), []
     for stop in range(1, 8):
-        cache = ksa_mlx.make_cache(model, 4) + ksa_mlx.make_cache(draft, 4)
-        steps = speculative_generate_step(
-            mx.array(text), model, draft, num_draft_tokens=3, max_tokens=20, prompt_cache=cache
-        )
-        said = [next(steps)[0] for _ in range(stop)]
-        steps.close()
+        cache, said = after_drafts(model, draft, text, stop)
         behind.append(len(text) + len(said) - cache[0].offset)
     assert max(behind) > 0, NOT_NEEDED + "the use of settle in prompt_cache"
 

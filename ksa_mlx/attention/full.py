@@ -5,7 +5,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
 
-from ..cache.storage import part_of, segments_of
+from ..cache.storage import join, part_of, segments_of
 from .decode import attend, decode
 from .plan import Call
 
@@ -35,14 +35,11 @@ def full_text(keys: Any, values: Any, cache: Any, call: Call) -> tuple[mx.array,
         step = call.steps[0]
         if isinstance(keys, mx.array):
             return tuple(step.text(keys, values))
-        k = step.args.summary_chunk_size
-        where = step.first * k, step.last * k
         form = segments_of(cache)[0].form
-        return form.decode([*part_of(keys, *where), *part_of(values, *where)])
+        return form.decode([*part_of(keys, *step.span), *part_of(values, *step.span)])
     parts = []
     for b, step in enumerate(call.steps):
         if step.chunks:
-            k = step.args.summary_chunk_size
-            slots = mx.arange(step.first * k, step.last * k) + cache.left_padding[b]
+            slots = mx.arange(*step.span) + cache.left_padding[b]
             parts.append([mx.take(x[b : b + 1], slots, axis=2) for x in (keys, values)])
-    return tuple(mx.concatenate(x, axis=2) for x in zip(*parts, strict=True))
+    return tuple(join(parts))

@@ -55,11 +55,17 @@ class Step:
         """Chunks that the step summarises."""
         return self.last - self.first
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where the text of these chunks begins and ends, in tokens."""
+        k = self.args.summary_chunk_size
+        return self.first * k, self.last * k
+
     def text(self, keys: mx.array, values: mx.array, start: int = 0) -> list[mx.array]:
         """Of text (B, KV heads, tokens, head_dim) from position `start` on: the chunks' that the
         step summarises."""
-        k = self.args.summary_chunk_size
-        part = slice(self.first * k - start, self.last * k - start)
+        first, last = self.span
+        part = slice(first - start, last - start)
         return [keys[:, :, part], values[:, :, part]]
 
     def blocks(self, window: int) -> list[Block]:

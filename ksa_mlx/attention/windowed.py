@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..cache.rolling import Pair, RollingSummaryCache
+from ..cache.storage import join
 from .decode import decode
 from .plan import Call, Step
 from .prefill import prefill, prefill_ops
@@ -46,15 +47,7 @@ def windowed_attention(
     else:
         text = queries, keys, values
         out, texts = _step(text, summaries, cache, call.steps[0], call.kernels)
-    if not texts:
-        return out, None
-    return out, texts[0] if len(texts) == 1 else join_pairs(texts)
-
-
-def join_pairs(texts: list[Pair]) -> Pair:
-    """Keys and values of several pieces of text as one."""
-    keys, values = zip(*texts, strict=True)
-    return mx.concatenate(keys, axis=2), mx.concatenate(values, axis=2)
+    return out, tuple(join(texts)) if texts else None
 
 
 def _rows(queries, keys, values, summaries, cache, call) -> Attended:

@@ -110,10 +110,14 @@ class Place(NamedTuple):
         return max(self.offset - 1, 0) // self.chunk
 
     @property
+    def stored(self) -> int:
+        """How many summaries are stored."""
+        return self.summarised * self.summary_tokens
+
+    @property
     def seen(self) -> tuple[int, int]:
         """How many summaries and how many text slots the last token sees."""
-        chunk, window = max(self.offset - 1, 0) // self.chunk, self.window
-        moved = max(0, chunk - window)
+        moved = max(0, self.open - self.window)
         return self.summary_tokens * moved, self.offset - moved * self.chunk
 
     def slot(self, chunk: int) -> int:
@@ -193,8 +197,7 @@ class Place(NamedTuple):
         behind = None
         if max(first, leaving) < last:
             behind = at.read(max(first, leaving) * k, min(last * k, at.offset))
-        summaries = at.summarised * self.summary_tokens
-        return Moves(summaries, room, pieces, before, is_ahead, new, behind)
+        return Moves(at.stored, room, pieces, before, is_ahead, new, behind)
 
     def runs(self, size: int, first: int, length: int) -> Iterator[tuple[int, slice]]:
         """Where `length` tokens from chunk `first` on lie in a ring of `size` chunks."""

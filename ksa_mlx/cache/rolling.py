@@ -1,6 +1,7 @@
 """The rolling summary cache: what one windowed layer keeps of the text it has read."""
 
 import copy
+from collections.abc import Callable
 
 import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache
@@ -73,7 +74,7 @@ class RollingSummaryCache(_BaseCache):
         storage.reserve(moves.summaries, moves.text, *text)
         if summaries is None:
             return []
-        storage.put_summaries(place.summarised * place.summary_tokens, *summaries)
+        storage.put_summaries(place.stored, *summaries)
         parts = []
         if moves.is_ahead and self._ahead and self._ahead[1]:
             parts.append(storage.form.decode(self._ahead[1]))
@@ -90,7 +91,7 @@ class RollingSummaryCache(_BaseCache):
         storage = self.storage
         if piece.rolls:
             self._roll(piece)
-        storage.text.put(storage.left + piece.slot, storage.form.encode(keys, values))
+        self._put(piece.slot, storage.form.encode(keys, values))
         segments = storage.segments(piece.summaries, piece.text)
         self.place = piece.after
         if piece.ahead:
@@ -118,7 +119,7 @@ class RollingSummaryCache(_BaseCache):
             # Taken back to here, or read from a file.
             self._read_ahead(self.place.ahead())
         if piece.ring is not None and self._ahead:
-            self.storage.text.put(self.storage.left + piece.ring, self._ahead[0])
+            self._put(piece.ring, self._ahead[0])
         self._ahead = None
 
     def _read(self, reading: Reading) -> Planes:
@@ -129,6 +130,15 @@ class RollingSummaryCache(_BaseCache):
         if reading.text is not None:
             parts.append(self.storage.take(reading.text))
         return join(parts)
+
+    def _put(self, slot: int, held: Planes):
+        """Write text as it is held, from a text slot on."""
+        self.storage.text.put(self.storage.left + slot, held)
+
+    def _put_ring(self, put: Callable[[int, Planes], None], size: int, first: int, held: Planes):
+        """Write whole chunks, `first` and following, into a ring of `size` chunks."""
+        for slot, part in self.place.runs(size, first, held[0].shape[2]):
+            put(slot, [x[:, :, part] for x in held])
 
     def _put_undo(self, slot: int, held: Planes):
         if not self.undo.planes:
@@ -149,7 +159,7 @@ class RollingSummaryCache(_BaseCache):
         k, W, U, end = place.chunk, place.window, place.undo, place.offset + keys.shape[2]
         storage.reserve(last * place.summary_tokens, (W + 1) * k, keys, values)
         if summaries is not None:
-            storage.put_summaries(place.summarised * place.summary_tokens, *summaries)
+            storage.put_summaries(place.stored, *summaries)
             place = place._replace(summarised=last)
         old, new = place.open, (end - 1) // k
         place.check_summarised(new - W)
@@ -162,27 +172,21 @@ class RollingSummaryCache(_BaseCache):
             part = slice((a - start) * k, min(b * k, end) - start * k)
             return [x[:, :, part] for x in text]
 
-        def into_ring(size: int, a: int, b: int, put):
-            held = chunks(a, b)
-            for slot, part in place.runs(size, a, held[0].shape[2]):
-                put(slot, [x[:, :, part] for x in held])
-
-        def put(slot: int, held: Planes):
-            storage.text.put(storage.left + slot, held)
-
         self._ahead = None
         if U:
-            into_ring(U, max(start, new - W - U + 1), new - W + 1, self._put_undo)
+            leaving = max(start, new - W - U + 1)
+            self._put_ring(self._put_undo, U, leaving, chunks(leaving, new - W + 1))
         if W:
-            into_ring(W, max(new - W, old), new, put)
-        put(W * k, chunks(new, new + 1))
+            closed = max(new - W, old)
+            self._put_ring(self._put, W, closed, chunks(closed, new))
+        self._put(W * k, chunks(new, new + 1))
         self.place = place._replace(offset=end, oldest=max(place.oldest, new - W - max(U - 1, 0)))
         return *storage.form.decode(text), start * k
 
     def summaries(self, chunks: int | None = None) -> Pair:
         """Keys and values of the summaries of the first `chunks` chunks (all), newest first."""
-        chunks = self.place.summarised if chunks is None else chunks
-        return self.storage.summaries(chunks * self.place.summary_tokens)
+        stored = self.place.stored if chunks is None else chunks * self.place.summary_tokens
+        return self.storage.summaries(stored)
 
     def text(self, first: int) -> Pair:
         """Keys and values of the text from chunk `first` on, in order."""
@@ -191,7 +195,7 @@ class RollingSummaryCache(_BaseCache):
 
     def summaries_for_kernel(self) -> tuple[mx.array, mx.array, int]:
         """Keys and values of a buffer where all summaries lie newest first, and the slot behind."""
-        return self.storage.newest_first(self.place.summarised * self.place.summary_tokens)
+        return self.storage.newest_first(self.place.stored)
 
     @property
     def visible(self) -> list[Segment]:
@@ -239,10 +243,9 @@ class RollingSummaryCache(_BaseCache):
             moved.append((new, self._read(place.read(new * k, (new + 1) * k))))
         for chunk, held in moved:
             if chunk == new:
-                self.storage.text.put(self.storage.left + to.slot(new), held)
-                continue
-            for slot, part in place.runs(W, chunk, held[0].shape[2]):
-                self.storage.text.put(self.storage.left + slot, [x[:, :, part] for x in held])
+                self._put(to.slot(new), held)
+            else:
+                self._put_ring(self._put, W, chunk, held)
         self._ahead = None
         self.place = to if to.offset else to._replace(oldest=0)
         return n
@@ -307,12 +310,8 @@ class RollingSummaryCache(_BaseCache):
             return self
         text = Affine(text_bits or self.text_bits or bits, group_size)
         new = copy.copy(self)
-        count = self.place.summarised * self.place.summary_tokens
-        new.storage, new._ahead = (
-            self.storage.quantized(count, text, Affine(bits, group_size)),
-            None,
-        )
-        new.undo = Buffer(text)
+        new.storage = self.storage.quantized(self.place.stored, text, Affine(bits, group_size))
+        new.undo, new._ahead = Buffer(text), None
         if self.undo.planes:
             new.undo.planes = text.encode(*self.undo.planes)
         return new

@@ -5,6 +5,7 @@ format six (packed, scales, biases of the keys, then of the values); in all of t
 tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
@@ -102,6 +103,12 @@ class Segment(NamedTuple):
     stop: int
     form: Form
 
+    @property
+    def nbytes(self) -> float:
+        """Bytes of these slots' keys and values, and of nothing else that the buffers hold."""
+        planes = [y for x in self[:2] for y in ([x] if isinstance(x, mx.array) else x)]
+        return sum(y.nbytes / y.shape[2] for y in planes) * (self.stop - self.start)
+
     def behind(self, arrays: list[mx.array]) -> "Segment":
         """The same; whoever evaluates it evaluates these arrays too."""
         keys, values = (
@@ -127,10 +134,10 @@ def part_of(x: Held, start: int, stop: int) -> Held:
     return packed[:, :, start:stop], scales[:, :, start:stop], biases[:, :, start:stop]
 
 
-def join(parts: list[Planes]) -> Planes:
-    """Several pieces of text as one."""
+def join(parts: Sequence[Sequence[mx.array]]) -> Planes:
+    """Several pieces of text as one, each its planes (or keys and values)."""
     if len(parts) == 1:
-        return parts[0]
+        return list(parts[0])
     return [mx.concatenate(planes, axis=2) for planes in zip(*parts, strict=True)]
 
 
@@ -147,15 +154,11 @@ class Buffer:
 
     def grow(self, like: Planes, right: int, left: int = 0):
         """Make room for so many more slots on either side; like: one token as it is held."""
-        sides = []
-        for x in like:
-            B, heads, _, dim = x.shape
-            sides.append([mx.zeros((B, heads, n, dim), x.dtype) for n in (left, right)])
+        room = [[mx.zeros((*x.shape[:2], n, x.shape[3]), x.dtype) for x in like]
+                for n in (left, right) if n]  # fmt: skip
         if self.planes:
-            parts = zip(self.planes, sides, strict=True)
-            self.planes = [mx.concatenate([a, x, b], axis=2) for x, (a, b) in parts]
-        else:
-            self.planes = [mx.concatenate(both, axis=2) if left else both[1] for both in sides]
+            room.insert(1 if left else 0, self.planes)
+        self.planes = join(room)
 
     def put(self, slot: int, held: Planes):
         """Write tokens as they are held, from a slot on."""

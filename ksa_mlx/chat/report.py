@@ -1,10 +1,8 @@
 """What a session's last answer cost, and what its cache holds."""
 
-from typing import Any
-
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
+from ..cache.storage import segments_of
 from .session import Session
 
 
@@ -13,37 +11,8 @@ def cache_bytes(session: Session) -> int:
 
     Exactly these: neither the room that buffers have to grow, nor what is kept to take text back.
     """
-    args, n, total = session.model.args, session.offset, 0.0
-    k, s = args.summary_chunk_size, args.summary_token_num
-    for cache, window in zip(session.own_cache, args.windows, strict=True):
-        text, summaries = n, 0
-        if window is not None and n:
-            gone = max(0, (n - 1) // k - window)
-            text, summaries = n - gone * k, gone * s
-        text_bytes, summary_bytes = _row_bytes(session, cache)
-        total += text * text_bytes + summaries * summary_bytes
-    return round(total)
-
-
-def _row_bytes(session: Session, cache: Any) -> tuple[float, float]:
-    """Bytes of the keys and values of one text token, and of one summary."""
-    args = session.model.args
-    dim, heads = args.head_dim, args.num_key_value_heads
-    size = session.model.model.norm.weight.dtype.size
-    state: Any = tree_flatten(cache.state)
-    planes = [x for _, x in state if x.ndim == 4]
-    packed = {x.shape[-1] * 32 // dim for x in planes if x.dtype == mx.uint32}
-    if not packed:
-        row = 2.0 * heads * dim * size
-        return row, row
-    text_bits = session.text_bits if session.text_bits in packed else min(packed)
-    bits = max(packed - {text_bits}, default=text_bits)
-    # A scale and a bias a group.
-    groups = min(x.shape[-1] for x in planes if x.dtype != mx.uint32)
-    of_text, of_summaries = (
-        2 * heads * (dim * b / 8 + 2 * size * groups) for b in (text_bits, bits)
-    )
-    return of_text, of_summaries
+    held = (one for c in session.own_cache if not c.empty() for one in segments_of(c))
+    return round(sum(one.nbytes for one in held))
 
 
 def full_bytes(session: Session) -> int:

@@ -18,6 +18,7 @@ from ..cache.rollback import settle
 from ..errors import ContextError, SessionError
 from ..model import Model
 from ..references.trace import Trace, question_start, trace_answer
+from ..stock.ids import unknown
 from . import prompt_cache_file, reading
 from .conversation import Conversation
 
@@ -232,13 +233,12 @@ class Session:
         # was generated may fall into other tokens when it is read.
         on = known < len(prompt) and prompt[:known] == self.tokens
         new, begin = prompt[known:] if on else prompt, self.model.args.summary_token_begin
-        for token in new:
-            if not 0 <= token < begin:
-                word = self.tokenizer.convert_ids_to_tokens([token])[0]
-                raise SessionError(
-                    f"{what}: found token {token} ({word!r}), expected ids of the text "
-                    f"vocabulary, 0 to {begin - 1}"
-                )
+        if (token := unknown(new, begin)) is not None:
+            word = self.tokenizer.convert_ids_to_tokens([token])[0]
+            raise SessionError(
+                f"{what}: found token {token} ({word!r}), expected ids of the text "
+                f"vocabulary, 0 to {begin - 1}"
+            )
         if not on:
             self.forget()
         return new

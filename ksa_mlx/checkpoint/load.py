@@ -15,7 +15,7 @@ from ..errors import CheckpointError, one_line
 from ..model import Model
 from .described import describe, quantization
 from .source import SAFETENSORS, Source, named_by_index, open_source, weight_files
-from .stop import TOKENIZER, add_end_of_turn, load_tokenizer, stop_ids
+from .stop import add_end_of_turn, has_tokenizer, load_tokenizer, stop_ids
 from .tensors import SafetensorsFiles
 
 CONVERT_FIRST = "convert it first: python convert.py --hf-path {} --mlx-path DST"
@@ -164,7 +164,7 @@ def load(
             source.folder, {**extra, **(tokenizer_config or {})}, config.get("eos_token_id")
         )
     except Exception as e:  # transformers says "no tokenizer" in many ways
-        if not any(any(source.folder.glob(pattern)) for pattern in TOKENIZER):
+        if not has_tokenizer(source.folder):
             raise CheckpointError(
                 f"{source.folder}: no tokenizer files; load_model loads the model alone"
             ) from None

@@ -36,6 +36,11 @@ def stop_ids(source: Source, end: int) -> list[int]:
     return ids
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the files of a tokenizer that a KSA model can have."""
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER)
+
+
 def load_tokenizer(folder: Path, **settings: Any):
     """The folder's transformers tokenizer; of the model's code nothing is run.
 

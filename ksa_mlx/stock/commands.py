@@ -84,6 +84,7 @@ def _check_is_there(flag: str, name: str):
         fetch_config(name)
     except KSAError as e:
         raise KSAError(f"{flag}: {e}") from None
+    # More than a KSA model's: any model of mlx-lm's may be asked for.
     kinds = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
     folder = Path(name)
     if folder.is_dir() and not any(any(folder.glob(kind)) for kind in kinds):

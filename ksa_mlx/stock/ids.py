@@ -7,7 +7,7 @@ that are sampled cannot be wrong, since logits are as wide as the table. mlx-lm 
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +24,13 @@ def table_of(model: Any) -> int | None:
     return known if isinstance(known, int) else None
 
 
+def unknown(ids: Sequence[int], known: int) -> int | None:
+    """The first of some ids that is none of 0 .. known - 1; None if there is none."""
+    if not ids or (max(ids) < known and min(ids) >= 0):
+        return None
+    return next(i for i in ids if not 0 <= i < known)
+
+
 def check_ids(prompt: Any, *models: Any):
     """Refuse ids (n,), an array or a list, that one of the models does not know.
 
@@ -32,10 +39,8 @@ def check_ids(prompt: Any, *models: Any):
     ids = prompt.reshape(-1).tolist() if isinstance(prompt, mx.array) else prompt
     for model in models:
         known = table_of(model)
-        if known is None or not ids or (max(ids) < known and min(ids) >= 0):
-            continue
-        wrong = next(i for i in ids if not 0 <= i < known)
-        raise SessionError(f"prompt: found token id {wrong}, expected 0 to {known - 1}")
+        if known is not None and (wrong := unknown(ids, known)) is not None:
+            raise SessionError(f"prompt: found token id {wrong}, expected 0 to {known - 1}")
 
 
 def install():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RequestError
+from .ids import unknown
 
 LARGEST_SEED = 2**64 - 1
 LARGEST_BIAS = 100.0
@@ -145,8 +146,7 @@ def check_against(prompt: list[int], args: Any, ids: int, width: int, context: i
     """
     if not prompt:
         raise RequestError("prompt", "found no tokens, expected one at least")
-    if (low := min(prompt)) < 0 or (high := max(prompt)) >= ids:
-        found = low if low < 0 else high
+    if (found := unknown(prompt, ids)) is not None:
         raise RequestError("prompt", f"found the id {found}, expected 0 to {ids - 1}")
     for token in args.logits.logit_bias or ():
         if not 0 <= token < width:

@@ -26,6 +26,7 @@ import mlx_lm.server
 from ..config import ModelArgs
 from ..errors import KSAError, RequestError, one_line
 from .handler import Handler
+from .ids import table_of
 from .prompt_cache import PromptCache
 from .replies import Replies
 from .requests import check_against
@@ -105,10 +106,8 @@ class ResponseGenerator(mlx_lm.server.ResponseGenerator):
             # The shape is known without computing anything.
             width = model(mx.array([[0]])).shape[-1]
             context = getattr(args, "max_position_embeddings", None)
-            if isinstance(args, ModelArgs):
-                ids = args.summary_token_begin
-            else:
-                ids = getattr(args, "vocab_size", width)
+            ids = table_of(model) or width
+            if not isinstance(args, ModelArgs):
                 # Some configs give the length before scaling, some the one behind it.
                 scaling = getattr(args, "rope_scaling", None) or {}
                 context = context and int(context * max(1, scaling.get("factor") or 1))
