@@ -32,6 +32,17 @@ def decode(queries: mx.array, segments: list[Segment], kernels: str | None) -> m
     return decode_ops(queries, segments)
 
 
+def decode_rows(queries: mx.array, segments: list[list[Segment]], kernels: str | None) -> mx.array:
+    """The same for a batch of sequences that share no cache.
+
+    Args: queries (B, heads, L, head_dim); segments: of each sequence. Returns (B, heads, L,
+    head_dim).
+    """
+    rows = mx.split(queries, len(segments))
+    each = zip(rows, segments, strict=True)
+    return mx.concatenate([decode(one, seen, kernels) for one, seen in each], axis=0)
+
+
 # MLX's operations
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..cache.rolling import Pair, RollingSummaryCache
 from ..cache.storage import join
-from .decode import decode
+from .decode import decode, decode_rows
 from .plan import Call, Step
 from .prefill import prefill, prefill_ops
 
@@ -51,25 +51,38 @@ def windowed_attention(
 
 
 def _rows(queries, keys, values, summaries, cache, call) -> Attended:
-    """Sequences of different lengths, one by one: none shares a buffer with another."""
-    outputs, texts, done = [], [], 0
-    rows = zip(*(mx.split(x, len(call.steps)) for x in (queries, keys, values)), strict=True)
-    for text, row, step in zip(rows, cache.rows, call.steps, strict=True):
+    """Sequences of different lengths: none shares a buffer with another."""
+    outputs, segments, texts, done = [], [], [], 0
+    together = all(
+        step.length == call.columns and row.place.is_one_piece(step.length)
+        for step, row in zip(call.steps, cache.rows, strict=True)
+    )
+    rows = zip(*(mx.split(x, len(call.steps)) for x in (keys, values)), strict=True)
+    for b, (pair, row, step) in enumerate(zip(rows, cache.rows, call.steps, strict=True)):
         n, own = step.length, None
         if n < call.columns:
-            text = tuple(x[:, :, :n] for x in text)
+            pair = tuple(x[:, :, :n] for x in pair)
         if step.chunks:
             count = step.chunks * step.args.summary_token_num
             own = tuple(x[:, :, done : done + count] for x in summaries)
             done += count
-        out = text[0]
+        if together:
+            moves = row.place.advance(n, step.first, step.last)
+            texts += row.begin(moves, pair, own)
+            segments.append(row.append(moves.pieces[0], *pair))
+            if moves.behind:
+                texts.append(row.copy_of(moves.behind))
+            continue
+        out = queries[b : b + 1, :, :n]
         if n:
-            out, some = _step(text, own, row, step, call.kernels)
+            out, some = _step((out, *pair), own, row, step, call.kernels)
             texts += some
         if n < call.columns:
             out = mx.pad(out, [(0, 0), (0, 0), (0, call.columns - n), (0, 0)])
         outputs.append(out)
     cache.advance(call.columns)
+    if together:
+        return decode_rows(queries, segments, call.kernels), texts
     return mx.concatenate(outputs, axis=0), texts
 
 
