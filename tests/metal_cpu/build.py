@@ -26,7 +26,7 @@ KERNEL = shlex.split(
 FAST = ["-O2"]
 # Vectorised loads would be too wide for the callbacks, and would blur the counts.
 CHECKED = shlex.split(
-    "-O1 -fsanitize=thread,bounds,alignment,integer-divide-by-zero,signed-integer-overflow,shift-exponent "
+    "-O1 -DMETAL_CPU_COUNT -fsanitize=thread,bounds,alignment,integer-divide-by-zero,signed-integer-overflow,shift-exponent "
     "-mllvm -tsan-instrument-atomics=0 -mllvm -tsan-instrument-func-entry-exit=0 "
     "-mllvm -tsan-instrument-read-before-write=1"
 )

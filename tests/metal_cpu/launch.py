@@ -19,6 +19,15 @@ MEETINGS = (
     "matrix_stores",
     "matrix_multiplies",
 )
+OPERATIONS = (
+    "reductions",
+    "quad_reductions",
+    "votes",
+    "broadcasts",
+    "shuffles",
+    "lane_shuffles",
+    "exponentials",
+)
 CHECK_MEMORY, CHECK_LOCKSTEP, ALLOW_EQUAL_WRITES = 1, 2, 4
 
 
@@ -59,6 +68,7 @@ class _Launch(ctypes.Structure):
         ("threadgroups", ctypes.c_uint64),
         ("threadgroup_bytes", ctypes.c_uint64),
         ("meetings", ctypes.c_uint64 * len(MEETINGS)),
+        ("operations", ctypes.c_uint64 * len(OPERATIONS)),
     ]
 
 
@@ -102,7 +112,14 @@ class Launch:
     threadgroup_bytes: int = 0  # threadgroup memory of each threadgroup
     threadgroup_barriers: int = 0  # passed by whole threadgroups
     simdgroup_barriers: int = 0  # this and the next: passed by whole simdgroups
-    simd_operations: int = 0
+    simd_operations: int = 0  # the sum of the next six
+    reductions: int = 0  # simd_sum, simd_max and the like, prefix sums
+    quad_reductions: int = 0
+    votes: int = 0  # simd_ballot, simd_any, simd_all
+    broadcasts: int = 0  # also a simd_shuffle with the same index in all lanes
+    shuffles: int = 0  # from lane ^ mask or lane +- delta, the same mask or delta in all lanes
+    lane_shuffles: int = 0  # with an index that depends on the lane in any other way
+    exponentials: int = 0  # exp, exp2, exp10; counted in checked runs only
     matrix_loads: int = 0
     matrix_stores: int = 0
     matrix_multiplies: int = 0
@@ -149,8 +166,9 @@ def run(
     if _load(library)(ctypes.byref(request)):
         raise KernelFault(record.kernel, _with_lines(library, report.value.decode()))
     record.threadgroups, record.threadgroup_bytes = request.threadgroups, request.threadgroup_bytes
-    for name, count in zip(MEETINGS, request.meetings, strict=True):
-        setattr(record, name, count)
+    for kinds, counts in ((MEETINGS, request.meetings), (OPERATIONS, request.operations)):
+        for name, count in zip(kinds, counts, strict=True):
+            setattr(record, name, count)
     for buffer, name, array in zip(buffers, names, arrays, strict=True):
         traffic = Traffic(
             array.shape,

@@ -9,9 +9,10 @@ which Apple's compiler is built on, shows what is left over after all that it wa
 import re
 import shlex
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
-from . import build, wrap
+from . import build, live, wrap
 
 OPTIMIZED = shlex.split(
     "-O2 -fno-vectorize -fno-slp-vectorize -mllvm -inline-threshold=1000000 "
@@ -23,6 +24,17 @@ OWN = re.compile(r'%"struct\.metal(::|_)|\[(32|64) x (float|i32)\]|(float|i32|ha
 
 def in_memory(kernel: wrap.KernelSource) -> list[str]:
     """LLVM's types of the private variables that stay in memory; CompileError from clang."""
+    held = re.findall(r"= alloca (.*?), align", _optimized(kernel))
+    return sorted({x for x in held if "simdgroup_matrix" in x or not OWN.match(x)})
+
+
+def live_floats(kernel: wrap.KernelSource) -> float:
+    """The most float registers a lane that live across the header of one of its loops, see live.py."""
+    return live.live_floats(_optimized(kernel))
+
+
+@lru_cache(maxsize=64)
+def _optimized(kernel: wrap.KernelSource) -> str:
     with tempfile.TemporaryDirectory() as folder:
         cpp, ir = Path(folder) / "kernel.cpp", Path(folder) / "kernel.ll"
         cpp.write_text(wrap.cpu_source(kernel))
@@ -30,5 +42,4 @@ def in_memory(kernel: wrap.KernelSource) -> list[str]:
         done = build.run([build.COMPILER, *flags, str(cpp), "-o", str(ir)])
         if done.returncode:
             raise build.CompileError(done.stderr[:8000])
-        held = re.findall(r"= alloca (.*?), align", ir.read_text())
-    return sorted({x for x in held if "simdgroup_matrix" in x or not OWN.match(x)})
+        return ir.read_text()

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <unordered_map>
 #include <vector>
 
 // Saves the callee-saved registers on the running stack, keeps its pointer in *save, and goes on with `load`.
@@ -58,6 +59,15 @@ std::vector<ThreadgroupArray> threadgroup_arrays;
 // The lanes of the running simdgroup that still have to run before their next meeting.
 Fiber* sweep[kSimdWidth];
 int sweep_next, sweep_count;
+uint64_t sweeps;
+
+// How often a call was executed in the running sweep: by the running lane, and by the busiest one.
+struct Calls {
+  uint64_t sweep;
+  const Fiber* lane;
+  uint32_t own, most;
+};
+std::unordered_map<void*, Calls> calls;  // by return address
 
 uint32_t random_number() {  // xorshift64*
   random_state ^= random_state >> 12;
@@ -137,6 +147,21 @@ void report_divergence(int simdgroup, const Fiber& a, const Fiber& b) {
   }
 }
 
+// What the simd operation was at which the lanes met. False if they asked a broadcast for different lanes.
+bool count_operation(const Fiber* lanes, int count) {
+  const Site& site = lanes[0].site;
+  bool same = true, exclusive = true;
+  for (int i = 1; i < count; i++) {
+    same &= lanes[i].site.argument == site.argument;
+    exclusive &= (lanes[i].site.argument ^ i) == site.argument;
+  }
+  Operation what = site.operation_kind;
+  if (what == kShuffle && !same) what = kLaneShuffle;
+  else if (what == kLaneShuffle && (same || exclusive)) what = same ? kBroadcast : kShuffle;
+  launch->operations[what]++;
+  return what != kBroadcast || same;
+}
+
 // Runs the lanes of a simdgroup up to their next meeting, and holds that meeting.
 void run_simdgroup(int index) {
   Simdgroup& simdgroup = simdgroups[index];
@@ -144,6 +169,7 @@ void run_simdgroup(int index) {
   for (int i = 0; i < simdgroup.lanes; i++) sweep[i] = lanes + i;
   sweep_count = simdgroup.lanes;
   sweep_next = 0;
+  sweeps++;
   arrange(sweep, sweep_count);
   for (int i = 0; i < sweep_count; i++) sweep[i]->state = Fiber::kRunning;
   current = sweep[0];
@@ -176,6 +202,11 @@ void run_simdgroup(int index) {
     return;
   }
   launch->meetings[waiting->site.kind]++;
+  if (waiting->site.kind == kSimdOperation && !count_operation(lanes, simdgroup.lanes)) {
+    report("divergence", "simdgroup %d of threadgroup %u: lanes of %s at %s:%d ask for different lanes", index,
+           group, waiting->site.operation, waiting->site.place.file, waiting->site.place.line);
+    return stop();
+  }
   if (waiting->site.kind == kSimdgroupBarrier) simdgroup.epochs.advance(waiting->site.detail);
   simdgroup.turn ^= 1;
 }
@@ -359,6 +390,15 @@ void metal_cpu_fail(const char* kind, const char* what, const Place* place) {
   else
     report(kind, "%s by %s", what, running_thread());
   stop();
+}
+
+// Lanes of a simdgroup execute a call together where they take it together: as often as the lane that takes it
+// most often, between two meetings.
+__attribute__((noinline)) void metal_cpu_count(Operation operation) {
+  Calls& made = calls[__builtin_return_address(0)];
+  if (made.sweep != sweeps) made = {sweeps, nullptr, 0, 0};
+  if (made.lane != current) made.lane = current, made.own = 0;
+  if (++made.own > made.most) made.most = made.own, launch->operations[operation]++;
 }
 
 void metal_cpu_loop(int event) {

@@ -41,6 +41,18 @@ enum Meeting : int {
   kMeetingKinds,
 };
 
+// What is counted, once for each simdgroup that executes it. The order is known to launch.py.
+enum Operation : int {
+  kReduction,      // simd_sum, simd_max and the like, and prefix sums
+  kQuadReduction,  // over 4 lanes
+  kVote,           // simd_ballot, simd_any, simd_all
+  kBroadcast,      // a shuffle with the same source in all lanes
+  kShuffle,        // from lane ^ mask or lane +- delta, the same mask or delta in all lanes
+  kLaneShuffle,    // any other shuffle
+  kExponential,    // exp, exp2, exp10
+  kOperationKinds,
+};
+
 enum MemFlags : int { kMemNone = 0, kMemDevice = 1, kMemThreadgroup = 2 };
 
 struct Place {  // in the kernel's source
@@ -49,12 +61,14 @@ struct Place {  // in the kernel's source
 };
 
 // One call of a simd operation or barrier. `detail` holds the mem_flags, or the size of the
-// value.
+// value. `operation_kind` and `argument` serve the counts.
 struct Site {
   const char* operation;
   Place place;
   Meeting kind;
   int detail;
+  Operation operation_kind;  // of simd operations; kLaneShuffle: `argument` is an index
+  int argument;              // of shuffles: the index, mask or delta
 };
 
 // What the lanes of a simdgroup post at a meeting, and the one value that comes out of it.
@@ -95,6 +109,7 @@ struct Launch {
   uint64_t threadgroups;
   uint64_t threadgroup_bytes;
   uint64_t meetings[kMeetingKinds];  // counted once for each simdgroup, barriers once for each threadgroup
+  uint64_t operations[kOperationKinds];
 };
 
 }  // namespace metal_cpu
@@ -107,6 +122,7 @@ metal_cpu::Exchange* metal_cpu_meet(const metal_cpu::Site* site, const void* val
 void* metal_cpu_threadgroup_memory(const char* name, size_t bytes, size_t alignment);
 void metal_cpu_atomic_access(const void* address, size_t bytes, int reads, int writes);
 void metal_cpu_fail(const char* kind, const char* what, const metal_cpu::Place* place);
+__attribute__((nomerge)) void metal_cpu_count(metal_cpu::Operation operation);  // without a meeting
 void metal_cpu_loop(int event);  // 0: a loop begins, 1: an iteration begins, 2: the loop ends
 void metal_cpu_multiply_8x8(const float* a, const float* b, const float* c, float* d);
 void metal_cpu_entry(void* const* buffers, const metal_cpu::Thread* thread);

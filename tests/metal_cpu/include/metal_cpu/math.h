@@ -84,12 +84,20 @@ inline bool isnan(float x) { return __builtin_isnan(x); }
 inline bool isinf(float x) { return __builtin_isinf(x); }
 inline bool isfinite(float x) { return __builtin_isfinite(x); }
 
+// Checked builds count exponentials.
+#ifdef METAL_CPU_COUNT
+#define METAL_CPU_EXPONENTIAL(name, expression) \
+  METAL_CPU_FLOAT1(name, (metal_cpu_count(metal_cpu::kExponential), expression))
+#else
+#define METAL_CPU_EXPONENTIAL METAL_CPU_FLOAT1
+#endif
+
 // These exist three times: plain, precise:: and fast::. The noise of fast:: is a few units in the last place,
 // of a size and sign that depend on the value alone, and shows who leans on an exact exp.
 #define METAL_CPU_TRANSCENDENTAL(result)                     \
-  METAL_CPU_FLOAT1(exp, result(__builtin_expf(x)))           \
-  METAL_CPU_FLOAT1(exp2, result(__builtin_exp2f(x)))         \
-  METAL_CPU_FLOAT1(exp10, result(__builtin_exp10f(x)))       \
+  METAL_CPU_EXPONENTIAL(exp, result(__builtin_expf(x)))      \
+  METAL_CPU_EXPONENTIAL(exp2, result(__builtin_exp2f(x)))    \
+  METAL_CPU_EXPONENTIAL(exp10, result(__builtin_exp10f(x)))  \
   METAL_CPU_FLOAT1(log, result(__builtin_logf(x)))           \
   METAL_CPU_FLOAT1(log2, result(__builtin_log2f(x)))         \
   METAL_CPU_FLOAT1(log10, result(__builtin_log10f(x)))       \
