@@ -207,7 +207,7 @@ def test_a_wrong_choice_of_kernels_is_named(choice, capsys, monkeypatch):
     assert benchmark.main([]) == 1
     err = capsys.readouterr().err
     assert err.startswith(
-        f"error: KSA_MLX_KERNELS: found '{choice}', expected auto, ops (no Metal device here)\n"
+        f"error: KSA_MLX_KERNELS: found '{choice}', expected auto, ops, retune (no Metal device here)\n"
     )
     assert err.count("\n") == 1
 

@@ -6,8 +6,9 @@ import mlx.core as mx
 import pytest
 
 from ksa_mlx import naive
-from ksa_mlx.attention import decode, metal, prefill
+from ksa_mlx.attention import choice, decode, metal, prefill, record
 from ksa_mlx.attention.plan import Step
+from ksa_mlx.attention.trial import DECODE, PREFILL
 from ksa_mlx.cache.make import make_cache
 from ksa_mlx.cache.storage import PLAIN, Affine, Segment
 
@@ -117,21 +118,36 @@ def test_gradients_do_not_meet_the_kernels(log):
     assert mx.isfinite(gradient).all() and not log.launches
 
 
-# ---- Choosing
+# ---- Choosing, where nothing can be timed; test_choice.py is about the rest
 
 
-def asks(choice=None, dtype=mx.float32, dim=64, heads=2, kernel="decode", bits=0):
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that starts the instrument as a GPU, with nothing known. Yields its log."""
+    known = record.Record(None, "here")
+    monkeypatch.setattr(record, "here", lambda: known)
+    modules = [choice, metal]
+
+    def start(**settings):
+        return metal_cpu.running(reload=modules, check=False, **settings)
+
+    return start
+
+
+def asks(kernels=None, dtype=mx.float32, dim=64, heads=2, kernel="decode", bits=0):
     """Whether the kernel runs for one query on 8 keys of one KV head."""
     queries, keys = mx.zeros((1, heads, 1, dim), dtype=dtype), mx.zeros((1, 1, 8, dim), dtype=dtype)
-    if choice is not None:
-        with metal.using(choice):
+    if kernels is not None:
+        with metal.using(kernels):
             return asks(None, dtype, dim, heads, kernel, bits)
     wanted = metal.wanted()
+    if not wanted:
+        return False
     if kernel == "prefill":
-        return bool(wanted) and prefill._kernel_runs(wanted, queries, keys)
+        return prefill.arm(wanted, queries, keys) == "kernel"
     form = Affine(bits, 32) if bits else PLAIN
     segment = Segment(*form.pair(form.encode(keys, keys)), 0, 8, form)
-    return bool(wanted) and decode._kernel_runs(wanted, queries, [segment])
+    return decode.arm(wanted, queries, [segment]) == "kernel"
 
 
 def test_forced():
@@ -148,39 +164,60 @@ def test_what_the_kernels_take():
     queries, keys = mx.zeros((1, 1, 1, 64), dtype=mx.float16), mx.zeros((1, 1, 8, 64))
     form = Affine(8, 32)
     segment = Segment(*form.pair(form.encode(keys, keys)), 0, 8, form)
-    assert not decode._kernel_runs("metal", queries, [segment]), "scales of another dtype"
+    assert decode.arm("metal", queries, [segment]) == "operations", "scales of another dtype"
 
 
 def test_the_environment(monkeypatch):
     monkeypatch.setattr(metal, "_override", None)
-    for value, expected in (("metal", True), ("ops", False), ("auto", False)):
+    for value, expected in (("metal", True), ("ops", False), ("auto", False), ("retune", False)):
         monkeypatch.setenv("KSA_MLX_KERNELS", value)
         assert asks() == expected
         assert not asks("ops"), "the argument wins"
     monkeypatch.setenv("KSA_MLX_KERNELS", "cuda")
-    with pytest.raises(ValueError, match="KSA_MLX_KERNELS: found 'cuda', expected auto, metal or"):
+    expected = "KSA_MLX_KERNELS: found 'cuda', expected auto, metal, ops or retune"
+    with pytest.raises(ValueError, match=expected):
         asks()
 
 
+def test_untimed(gpu):
+    """Kernels where MLX's operations are certainly slow, operations elsewhere."""
+    with gpu():
+        assert not asks("auto") and not asks("auto", kernel="prefill")
+        assert asks("auto", dim=80) and asks("auto", dim=32)
+        assert asks("auto", bits=4) and asks("auto", bits=8)
+
+
 @pytest.mark.parametrize("dtype", metal.DTYPES, ids=str)
-@pytest.mark.parametrize("kernel", ["decode", "prefill"])
-def test_on_a_gpu_the_first_use_compares(kernel, dtype):
-    with metal_cpu.running(reload=[metal], check=False) as log, warnings.catch_warnings():
+def test_on_a_gpu_the_first_use_compares(dtype, gpu):
+    with gpu() as log, warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert asks("auto", dtype, kernel=kernel)
+        assert asks("auto", dtype, bits=4)
         compared = len(log.launches)
-        # Decode in one launch, and split; prefill.
-        assert compared == (3 if kernel == "decode" else 1)
-        assert asks("auto", dtype, kernel=kernel)
+        assert {x.template["PARTIAL"] for x in log.of("ksa_decode")} == {True, False}
+        assert asks("auto", dtype, bits=4)
         assert len(log.launches) == compared, "only the first use"
+
+
+@pytest.mark.parametrize("dtype", metal.DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+def test_both_arms_are_right(kernel, dim, dtype, gpu):
+    """Both on the inputs of the comparison, well within what is allowed."""
+    module = {"decode": decode, "prefill": prefill}[kernel]
+    trial = {"decode": DECODE, "prefill": PREFILL}[kernel]
+    key = choice.Key(kernel, dtype, dim, 2, 2, 1, ((0, 0),), 1024)
+    with gpu():
+        for arm in module.ARMS.values():
+            assert choice.difference(key, arm, trial) <= choice.ALLOWED / 1.5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits, text_bits", [(0, 0), (8, 8), (4, 8)])
-def test_whatever_runs_was_compared(bits, text_bits, monkeypatch):
+def test_whatever_runs_was_compared(bits, text_bits, gpu, monkeypatch):
     """Each combination of template arguments is a kernel of its own to Metal's compiler."""
     compared, used = set(), set()
-    shape = {"head_dim": 64, "num_hidden_layers": 1, "summary_sliding_chunk_num": 70}
+    # A head_dim where the kernel is taken untimed.
+    shape = {"head_dim": 32, "num_hidden_layers": 1, "summary_sliding_chunk_num": 70}
     model, text = build(**shape), tokens(400, 1)
     cache = make_cache(model, text_bits=text_bits)
     if bits:
@@ -190,16 +227,16 @@ def test_whatever_runs_was_compared(bits, text_bits, monkeypatch):
         to.update((launch.kernel, *launch.template.items()) for launch in log.launches)
         log.clear()
 
-    with metal_cpu.running(reload=[metal], check=False) as log, metal.using("auto"):
-        agrees = metal.agrees
+    with gpu() as log, metal.using("auto"):
+        find = choice.difference
 
         def watched(*asked):
             note(log, used)
-            found = agrees(*asked)
+            found = find(*asked)
             note(log, compared)
             return found
 
-        monkeypatch.setattr(metal, "agrees", watched)
+        monkeypatch.setattr(choice, "difference", watched)
         # Windowed text alone, then with summaries; few slots, then split ones.
         feed(model, text, [10, 230, 1, 2, 3, 5, 8, 40], cache)
         note(log, used)
@@ -207,19 +244,21 @@ def test_whatever_runs_was_compared(bits, text_bits, monkeypatch):
     assert used <= compared
 
 
-@pytest.mark.parametrize("fault", ["differs", "does not compile", "wrong size"])
-def test_a_kernel_that_fails_is_replaced_with_one_warning(fault, monkeypatch):
-    def difference(*_):
+@pytest.mark.parametrize("fault", ["differs", "does not compile", "wrong size", "no numbers"])
+def test_a_kernel_that_fails_is_replaced_with_one_warning(fault, gpu, monkeypatch):
+    def wrong(queries, segments):
         if fault == "differs":
-            return 0.5
+            return queries * 0
+        if fault == "no numbers":
+            return queries * mx.nan
         raise (RuntimeError if fault == "does not compile" else ValueError)("line 1: error")
 
-    with metal_cpu.running(reload=[metal]):
-        monkeypatch.setattr(decode, "_difference", difference)
-        monkeypatch.setattr(prefill, "_difference", difference)
+    with gpu():
+        for module in (decode, prefill):
+            monkeypatch.setitem(module.ARMS, "kernel", wrong)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for other in ({}, {}, {"dim": 128}, {"kernel": "prefill"}):
+            for other in ({"bits": 4}, {"bits": 4}, {"bits": 8, "dim": 128}, {"dim": 80}):
                 assert not asks("auto", **other)
         assert asks("metal")
     assert len(caught) == 1
@@ -227,9 +266,9 @@ def test_a_kernel_that_fails_is_replaced_with_one_warning(fault, monkeypatch):
     assert "report" in message and "macOS" in message and mx.__version__ in message
 
 
-def test_a_broken_source_is_noticed(monkeypatch):
+def test_a_broken_source_is_noticed(gpu, monkeypatch):
     """The self-check sees a kernel that computes something else."""
-    with metal_cpu.running(reload=[metal], check=False):
+    with gpu():
         text = metal.source("decode.h")
         monkeypatch.setattr(
             metal,
@@ -239,7 +278,7 @@ def test_a_broken_source_is_noticed(monkeypatch):
             ),
         )
         with pytest.warns(RuntimeWarning, match="decode differs"):
-            assert not asks("auto")
+            assert not asks("auto", bits=4)
 
 
 def test_sources_lie_beside_the_package_or_in_the_repository(tmp_path, monkeypatch):

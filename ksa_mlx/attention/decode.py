@@ -9,9 +9,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..cache.storage import PLAIN, Affine, Held, Segment, part_of
+from ..cache.storage import Held, Segment, part_of
 from . import metal
+from .choice import OPERATIONS, Key, chosen
 from .plan import BLOCK
+from .trial import DECODE
 
 # Query rows a sequence in one launch; decode.h's kRows.
 ROWS = 8
@@ -27,8 +29,8 @@ def decode(queries: mx.array, segments: list[Segment], kernels: str | None) -> m
 
     kernels: what `metal.wanted` says; a kernel has no gradient. Returns (B, heads, L, head_dim).
     """
-    if kernels and _kernel_runs(kernels, queries, segments):
-        return decode_kernel(queries, segments)
+    if kernels:
+        return ARMS[arm(kernels, queries, segments)](queries, segments)
     return decode_ops(queries, segments)
 
 
@@ -248,44 +250,24 @@ def _planes(keys: Held, values: Held, queries: mx.array) -> tuple[list, int, int
 
 # Choosing
 
+ARMS = {OPERATIONS: decode_ops, "kernel": decode_kernel}
 
-def _kernel_runs(choice: str, queries: mx.array, segments: list[Segment]) -> bool:
-    """Whether the kernel takes these segments and, if not forced, agrees with the operations."""
+
+def arm(choice: str, queries: mx.array, segments: list[Segment]) -> str:
+    """The name of the arm that computes this; choice: what `metal.wanted` says."""
     heads, length, dim = queries.shape[1:]
     plain = [x.keys if isinstance(x.keys, mx.array) else x.keys[1] for x in segments]
     kv_heads = plain[0].shape[1]
     if length > ROWS or not metal.takes(queries, kv_heads, *(x.dtype for x in plain)):
-        return False
-    formats = tuple(_format(x.keys, dim) for x in segments)
-    for held, (bits, group) in zip(plain, formats, strict=True):
-        if bits and ((bits, group) not in metal.FORMATS or held.size < 8):
-            return False
+        return OPERATIONS
+    formats = tuple((x.form.bits, x.form.group_size) for x in segments)
+    for held, found in zip(plain, formats, strict=True):
+        if found[0] and (found not in metal.FORMATS or held.size < 8):
+            return OPERATIONS
     if choice == "metal":
-        return True
-    # What distinguishes the compiled kernels.
-    key = dim, heads // kv_heads, length, formats
-    return metal.agrees("decode", queries.dtype, _difference, *key)
-
-
-def _difference(
-    dtype: mx.Dtype, dim: int, group: int, rows: int, formats: tuple[tuple[int, int], ...]
-) -> float:
-    """Of the kernel from MLX's operations: in one launch, and split over several threadgroups."""
-    return max(_difference_over(dtype, dim, group, rows, formats, slots) for slots in (60, 300))
-
-
-def _difference_over(dtype, dim, group, rows, formats, slots: int) -> float:
-    one = (1, 1, slots, dim)
-    queries, *held = metal.random(dtype, (1, group, rows, dim), *[one] * 2 * len(formats))
-    segments, seen = [], []
-    for i, (bits, size) in enumerate(formats):
-        pair, last = held[2 * i : 2 * i + 2], i == len(formats) - 1
-        part = slice(3, slots - 2) if last else slice(0, slots // 4)
-        form = Affine(bits, size) if bits else PLAIN
-        planes = form.encode(*pair)
-        keys, values = form.pair(planes)
-        segments.append(Segment(keys, values, part.start, part.stop, form))
-        exact = form.decode(planes)
-        seen.append([x[:, :, part] for x in exact])
-    keys, values = (mx.concatenate(x, axis=2) for x in zip(*seen, strict=True))
-    return metal.distance(queries, keys, values, "causal", decode_kernel(queries, segments))
+        return "kernel"
+    quantised = any(bits for bits, _ in formats)
+    untimed = "kernel" if quantised or dim not in metal.VECTOR_DIMS else OPERATIONS
+    keys = DECODE.bucket(sum(x.stop - x.start for x in segments))
+    key = Key("decode", queries.dtype, dim, kv_heads, heads // kv_heads, length, formats, keys)
+    return chosen(key, ARMS, DECODE, untimed, choice == "retune")

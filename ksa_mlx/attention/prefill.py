@@ -7,10 +7,14 @@ import mlx.core as mx
 import numpy as np
 
 from ..cache.rolling import Pair, RollingSummaryCache
-from ..naive import visibility
 from . import metal
+from .choice import OPERATIONS, Key, chosen
 from .decode import attend
 from .plan import Step
+from .trial import PREFILL, PrefillInputs
+
+# The one size that is timed: what wins there wins at others, as prefill is bound by arithmetic.
+ROWS, KEYS = 512, 4096
 
 
 def prefill(
@@ -35,12 +39,12 @@ def prefill(
         window: the layer's W.
         kernels: what `metal.wanted` says; a kernel has no gradient.
     """
-    if kernels and _kernel_runs(kernels, queries, keys):
+    name = arm(kernels, queries, keys) if kernels else OPERATIONS
+    if name != OPERATIONS:
         # Plain buffers are passed whole, as a view of them would be copied.
         own_keys, own_values, end = cache.summaries_for_kernel()
-        k, s, B = cache.place.chunk, cache.place.summary_tokens, queries.shape[0]
-        where = layout([step.length] * B, [step.offset] * B, [start] * B, [end] * B, k, s, window)
-        return prefill_kernel(queries, keys, values, own_keys, own_values, where)
+        inputs = PrefillInputs(keys, values, start, own_keys, own_values, end, step, window)
+        return ARMS[name](queries, inputs)
     return prefill_ops(queries, keys, values, start, cache.summaries(), step, window)
 
 
@@ -125,25 +129,30 @@ def prefill_kernel(
     )[0]
 
 
-def _kernel_runs(choice: str, queries: mx.array, keys: mx.array) -> bool:
+# Choosing
+
+
+def _operations(queries: mx.array, x: PrefillInputs) -> mx.array:
+    newest_first = x.summary_keys[:, :, : x.end], x.summary_values[:, :, : x.end]
+    return prefill_ops(queries, x.keys, x.values, x.start, newest_first, x.step, x.window)
+
+
+def _kernel(queries: mx.array, x: PrefillInputs) -> mx.array:
+    step, B = x.step, queries.shape[0]
+    k, s = step.args.summary_chunk_size, step.args.summary_token_num
+    where = layout([step.length] * B, [step.offset] * B, [x.start] * B, [x.end] * B, k, s, x.window)
+    return prefill_kernel(queries, x.keys, x.values, x.summary_keys, x.summary_values, where)
+
+
+ARMS = {OPERATIONS: _operations, "kernel": _kernel}
+
+
+def arm(choice: str, queries: mx.array, keys: mx.array) -> str:
+    """The name of the arm that computes this; choice: what `metal.wanted` says."""
     heads, kv_heads, dim = queries.shape[1], keys.shape[1], queries.shape[3]
     if not metal.takes(queries, kv_heads, keys.dtype):
-        return False
+        return OPERATIONS
     if choice == "metal":
-        return True
-    return metal.agrees("prefill", queries.dtype, _difference, dim, heads // kv_heads)
-
-
-def _difference(dtype: mx.Dtype, dim: int, group: int) -> float:
-    """Of the kernel from MLX's operations, on a short random text."""
-    chunk, window, n = 8, 2, 61
-    sees = mx.array(visibility(n, chunk, 1, window)[:n])
-    left = sees.shape[1] - n
-    queries, *text = metal.random(dtype, (1, group, n, dim), *[(1, 1, n, dim)] * 2)
-    held = metal.random(dtype, *[(1, 1, left, dim)] * 2)
-    where = layout([n], [0], [0], [left], chunk, 1, window)
-    got = prefill_kernel(queries, text[0], text[1], held[0], held[1], where)
-    keys, values = (
-        mx.concatenate([t, x[:, :, ::-1]], axis=2) for t, x in zip(text, held, strict=True)
-    )
-    return metal.distance(queries, keys, values, sees, got)
+        return "kernel"
+    key = Key("prefill", queries.dtype, dim, kv_heads, heads // kv_heads, ROWS, ((0, 0),), KEYS)
+    return chosen(key, ARMS, PREFILL, OPERATIONS, choice == "retune")

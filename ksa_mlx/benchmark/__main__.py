@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..attention import metal
 from ..errors import KSAError, one_line
 from ..model import ModelArgs
 from . import building, kernels, kv, plot, speed
@@ -79,7 +80,7 @@ def check(options: argparse.Namespace, args: ModelArgs, instrument: Any):
         plot.check(options.plot)
         if options.kernels or options.kv_bits or not options.contexts:
             raise KSAError("--plot: expected --contexts, without --kernels and --kv-bits")
-    choices = ("auto", "metal", "ops") if mx.metal.is_available() else ("auto", "ops")
+    choices = [x for x in metal.CHOICES if x != "metal" or mx.metal.is_available()]
     choice = os.environ.get("KSA_MLX_KERNELS", "auto")
     if choice not in choices:
         why = "" if mx.metal.is_available() else " (no Metal device here)"

@@ -1,0 +1,133 @@
+"""Random inputs on which the arms of decode and prefill are compared and timed."""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..cache.storage import PLAIN, Affine, Form, Segment
+from ..naive import visibility
+from .choice import Inputs, Key, Trial
+from .plan import Step
+
+# Text slots of a windowed layer of the released model; what lies before them is summaries.
+TEXT = 1032
+# Layers of a chain at most: short caches do not fill the bytes, and need not.
+LAYERS = 64
+
+
+def plain_attention(queries: mx.array, keys: mx.array, values: mx.array, mask=None) -> mx.array:
+    """The definition, by plain operations in float32: queries (B, heads, L, head_dim) over keys
+    and values (B, KV heads, n, head_dim); mask (L, n), True where seen."""
+    q, k, v = (x.astype(mx.float32) for x in (queries, keys, values))
+    q = (q * q.shape[-1] ** -0.5).reshape(*k.shape[:2], -1, *q.shape[2:])
+    scores = q @ k[:, :, None].swapaxes(-1, -2)
+    if mask is not None:
+        scores = mx.where(mask, scores, -mx.inf)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    return (weights @ v[:, :, None]).reshape(queries.shape)
+
+
+def random(dtype: mx.Dtype, *shapes: tuple, seed: int = 0) -> list[mx.array]:
+    """The same normal numbers at each call."""
+    keys = mx.random.split(mx.random.key(seed), len(shapes))
+    return [mx.random.normal(x, dtype, key=k) for x, k in zip(shapes, keys, strict=True)]
+
+
+# Decode: queries and segments
+
+
+def _decode(key: Key, keys: int, fill: int) -> Inputs:
+    parts = [keys] if len(key.formats) == 1 else [keys - min(TEXT, keys // 2), min(TEXT, keys // 2)]
+    layers = max(1, min(LAYERS, int(fill // _nbytes(key, parts)))) if fill else 1
+    # Between the layers, and at both ends, lies what must not be read.
+    gap = 3
+    heads = key.kv_heads * key.group
+    (queries,) = random(key.dtype, (1, heads, key.rows, key.head_dim))
+    segments: list[list[Segment]] = [[] for _ in range(layers)]
+    seen = []
+    for i, (part, (bits, size)) in enumerate(zip(parts, key.formats, strict=True)):
+        slots = layers * (part + gap) + gap
+        shape = (1, key.kv_heads, slots, key.head_dim)
+        form: Form = Affine(bits, size) if bits else PLAIN
+        planes = form.encode(*random(key.dtype, shape, shape, seed=i + 1))
+        for layer, into in enumerate(segments):
+            start = gap + layer * (part + gap)
+            into.append(Segment(*form.pair(planes), start, start + part, form))
+        if not fill:
+            first = [x[:, :, gap : gap + part] for x in planes]
+            # Scales in float32, so that what they stand for is not rounded once more.
+            exact = [x if x.dtype == mx.uint32 else x.astype(mx.float32) for x in first]
+            seen.append(form.decode(exact))
+        mx.eval(planes)
+    mx.eval(queries)
+    if fill:
+        return Inputs(queries, segments, None)
+    held_keys, held_values = (mx.concatenate(x, axis=2) for x in zip(*seen, strict=True))
+    sees = mx.arange(keys) <= mx.arange(keys - key.rows, keys)[:, None]
+    return Inputs(queries, segments, plain_attention(queries, held_keys, held_values, sees))
+
+
+def _nbytes(key: Key, parts: list[int]) -> float:
+    """Bytes of the keys and values of one layer."""
+    row = [
+        key.head_dim * (bits / 8 + 2 * key.dtype.size / size if bits else key.dtype.size)
+        for bits, size in key.formats
+    ]
+    return sum(2 * key.kv_heads * n * r for n, r in zip(parts, row, strict=True))
+
+
+DECODE = Trial(_decode, checked=(61, 1000, 3000), timed=(1024, 4096, 16384))
+
+
+# Prefill: queries, and what `PrefillInputs` holds
+
+
+class PrefillInputs(NamedTuple):
+    """keys, values: the text from position `start` on. summary_keys, summary_values: whole
+    buffers, where summaries lie newest first up to the slot `end`. step, window: the plan."""
+
+    keys: mx.array
+    values: mx.array
+    start: int
+    summary_keys: mx.array
+    summary_values: mx.array
+    end: int
+    step: Step
+    window: int
+
+
+def _prefill(key: Key, keys: int, fill: int) -> Inputs:
+    if fill:
+        # As in the released model: `rows` new tokens, their window, and summaries before it.
+        chunk, window, rows = 8, 128, key.rows
+        chunks = max(keys - rows - chunk * window, 0)
+        offset = chunk * (chunks + window + 1) - rows
+    else:
+        # A short text from its beginning, with all kinds of edges in it.
+        chunk, window, rows, offset = 8, 2, keys, 0
+        sees = visibility(rows, chunk, 1, window)[:rows]
+        chunks = sees.shape[1] - rows
+    shape = {"summary_chunk_size": chunk, "summary_token_num": 1, "smallest_window": window}
+    step = Step(SimpleNamespace(**shape), offset, rows, chunks, chunks)
+    start = max(0, offset // chunk - window) * chunk
+    kv, dim = key.kv_heads, key.head_dim
+    texts = [(1, kv, offset + rows - start, dim)] * 2
+    (queries,) = random(key.dtype, (1, kv * key.group, rows, dim))
+    text_keys, text_values = random(key.dtype, *texts, seed=1)
+    own_keys, own_values = random(key.dtype, *[(1, kv, chunks + 3, dim)] * 2, seed=2)
+    mx.eval(queries, text_keys, text_values, own_keys, own_values)
+    layer = PrefillInputs(
+        text_keys, text_values, start, own_keys, own_values, chunks, step, window
+    )  # fmt: skip
+    if fill:
+        return Inputs(queries, [layer], None)
+    keys_seen, values_seen = (
+        mx.concatenate([text, own[:, :, :chunks][:, :, ::-1]], axis=2)  # oldest first
+        for text, own in ((text_keys, own_keys), (text_values, own_values))
+    )
+    exact = plain_attention(queries, keys_seen, values_seen, mx.array(sees))
+    return Inputs(queries, [layer], exact)
+
+
+PREFILL = Trial(_prefill, checked=(61, 300), timed=(4096,))
