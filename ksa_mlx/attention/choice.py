@@ -61,10 +61,15 @@ class Key(NamedTuple):
         """A line for people and for the file."""
         forms = " + ".join(f"{bits} bit/{size}" if bits else "plain" for bits, size in self.formats)
         return (
-            f"{self.kernel}, {str(self.dtype).removeprefix('mlx.core.')}, head_dim "
+            f"{self.kernel}, {name_of(self.dtype)}, head_dim "
             f"{self.head_dim}, {self.kv_heads} KV heads of {self.group}, rows {self.rows}, "
             f"{forms}, keys {self.keys}"
         )
+
+
+def name_of(dtype: mx.Dtype) -> str:
+    """Such as bfloat16."""
+    return str(dtype).removeprefix("mlx.core.")
 
 
 class Inputs(NamedTuple):

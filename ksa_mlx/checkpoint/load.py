@@ -11,6 +11,7 @@ import mlx_lm.utils
 from mlx.utils import tree_map
 from transformers import Qwen3Config
 
+from ..attention.tune import prepare
 from ..errors import CheckpointError, one_line
 from ..model import Model
 from .described import describe, quantization
@@ -96,6 +97,8 @@ def build(
             mx.eval(model.parameters())
     except (ValueError, RuntimeError, KeyError, TypeError) as e:
         raise CheckpointError(f"{folder}: {one_line(e)}") from None
+    if not lazy:
+        prepare(model)
     if source.kind != "mlx":
         config.pop("model_file", None)
     if ids := stop_ids(source, described.args.summary_token_begin):
