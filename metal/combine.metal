@@ -10,7 +10,7 @@ const size_t which = thread_position_in_grid.z;
 
 const device float* part = parts + (which * splits * count + row) * (D + 2);
 const int next = count * (D + 2);
-float best = kLowest;
+float best = ksa::kLowest;
 for (int i = 0; i < splits; i++) {
   best = max(best, part[i * next + D + 1]);
 }

@@ -66,7 +66,7 @@ simdgroup_float8x8 key;
 simdgroup_float8x8 queries_of[D <= 128 ? B8 : 1];  // larger heads are read again for each tile
 simdgroup_float8x8 out_of[B8];
 simdgroup_float8x8 scores[K / 8];
-float best = kLowest;
+float best = ksa::kLowest;
 float sum = 0.0f;
 KSA_UNROLL
 for (int d = 0; d < B8; d++) {

@@ -1,9 +1,14 @@
 """What the tests of the kernels share: attention over slots in float64, and covering grids."""
 
+import functools
 import itertools
 
 import mlx.core as mx
 import numpy as np
+
+from ksa_mlx.attention import metal
+
+from . import metal_cpu
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Of the largest value. The outputs of half types are rounded once.
@@ -81,3 +86,7 @@ def close(got: mx.array, expected: np.ndarray, tolerance: float):
     size = max(np.abs(expected).max(), 1e-3) if expected.size else 1
     worst = np.abs(got - expected).max() / size
     assert worst <= tolerance, f"off by {worst:.3g} of the largest value, {tolerance} allowed"
+
+
+# run(settings): a context in which kernels run in the instrument; it gives the log of launches.
+run = functools.partial(metal_cpu.running, reload=[metal])

@@ -107,7 +107,7 @@ def test_lines_fit_at_the_largest_sizes(capsys):
             benchmark_kernels.counts_table(),
             benchmark_kernels.counts_cells(
                 {"kernel": "prefill of 2048", "context": 131072, "visible": 999.9e6, "keys": 1}
-                | {"values": 1, "affine": 1, "launches": 2, "threadgroups": 12345}
+                | {"values": 1, "visible_affine": 1, "launches": 2, "threadgroups": 12345}
                 | {"barriers": 1234567, "matrix_loads": 123456, "matrix_multiplies": 1234567}
                 | {"error": 1.2e-5}
             ),
@@ -216,19 +216,19 @@ def test_a_wrong_choice_of_kernels_is_named(choice, capsys, monkeypatch):
 def test_counts_of_kernels(run, monkeypatch):
     monkeypatch.setattr(benchmark_kernels, "COUNTED_ROWS", 40)
     found, text = run(
-        "--kernels", "--shape", "wide", "--contexts", 1, 1100, instrument=metal_cpu
+        "--kernels", "--shape", "wide", "--contexts", 16, 1100, instrument=metal_cpu
     )  # fmt: skip
     rows = found["kernels"]
     names = ["decode", "decode, 8 bit", "decode, 4 bit"]
     assert [row["kernel"] for row in rows] == [*names, *names, "prefill of 40"]
-    assert text.count("1.000") == len(rows)  # loaded / visible
-    assert all(row["keys"] + row["values"] + row["affine"] == row["visible"] for row in rows)
+    # Loaded / visible: tiles of 16 keys, of which the last is read again where there are no more.
+    assert [text.count(x) for x in ("1.000", "1.003")] == [4, 3], text
     assert all(row["error"] < 1e-5 for row in rows)
     assert [row["launches"] for row in rows] == [1] * 3 + [2] * 3 + [1]
-    # 9 summaries and 1028 tokens, of 64 float32 numbers, 2 KV heads.
-    assert rows[3]["keys"] == rows[3]["values"] == (9 + 1028) * 64 * 4 * 2
+    # 9 summaries and 1028 tokens, in whole tiles, of 64 float32 numbers, 2 KV heads.
+    assert rows[3]["keys"] == rows[3]["values"] == 1040 * 64 * 4 * 2
     assert rows[6]["matrix_multiplies"] > 0
-    assert rows[3]["loaded_by_buffer"]["ksa_decode keys"] == rows[3]["keys"]
+    assert rows[3]["loaded_by_buffer"]["ksa_decode_1_plain keys_0"] == rows[3]["keys"]
     assert rows[3]["loaded_by_buffer"]["ksa_combine parts"] > 0
 
 

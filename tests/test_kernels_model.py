@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from ksa_mlx import naive
-from ksa_mlx.attention import choice, decode, metal, prefill, record
+from ksa_mlx.attention import choice, decode, kernel, metal, prefill, record
 from ksa_mlx.attention.plan import Step
 from ksa_mlx.attention.trial import DECODE, PREFILL
 from ksa_mlx.cache.make import make_cache
@@ -89,14 +89,15 @@ def test_a_decode_step_reads_what_it_sees(log):
         log.clear()
         with metal_cpu.settings(check=True):
             model(text[:, at : at + 1], cache=cache)
-        assert [launch.kernel for launch in log.launches] == ["ksa_decode"] * 3
+        assert [launch.kernel for launch in log.launches] == ["ksa_decode_1_plain"] * 3
         for launch, held in zip(log.launches, cache, strict=False):
             (seen,) = held.visible
             start, stop = seen.start, seen.stop
             assert not launch.copies
-            for buffer in (launch.buffers["keys"], launch.buffers["values"]):
+            for buffer in (launch.buffers["keys_0"], launch.buffers["values_0"]):
                 assert buffer.touched[:, :, start:stop].all()
-                assert buffer.loaded_elements == buffer.touched.sum()
+                # The last key is read again in place of what a tile lacks.
+                assert buffer.loaded_elements < buffer.touched.sum() * (1 + 16 / (stop - start))
                 assert buffer.touched.sum() == buffer.touched[:, :, start:stop].size
 
 
@@ -147,7 +148,7 @@ def asks(kernels=None, dtype=mx.float32, dim=64, heads=2, kernel="decode", bits=
         return prefill.arm(wanted, queries, keys) == "kernel"
     form = Affine(bits, 32) if bits else PLAIN
     segment = Segment(*form.pair(form.encode(keys, keys)), 0, 8, form)
-    return decode.arm(wanted, queries, [segment]) == "kernel"
+    return decode.arm(wanted, queries, [[segment]]) == "kernel"
 
 
 def test_forced():
@@ -164,7 +165,7 @@ def test_what_the_kernels_take():
     queries, keys = mx.zeros((1, 1, 1, 64), dtype=mx.float16), mx.zeros((1, 1, 8, 64))
     form = Affine(8, 32)
     segment = Segment(*form.pair(form.encode(keys, keys)), 0, 8, form)
-    assert decode.arm("metal", queries, [segment]) == "operations", "scales of another dtype"
+    assert decode.arm("metal", queries, [[segment]]) == "operations", "scales of another dtype"
 
 
 def test_the_environment(monkeypatch):
@@ -227,6 +228,7 @@ def test_whatever_runs_was_compared(bits, text_bits, gpu, monkeypatch):
         to.update((launch.kernel, *launch.template.items()) for launch in log.launches)
         log.clear()
 
+    monkeypatch.setattr(kernel, "KEYS", 8)
     with gpu() as log, metal.using("auto"):
         find = choice.difference
 
@@ -238,7 +240,7 @@ def test_whatever_runs_was_compared(bits, text_bits, gpu, monkeypatch):
 
         monkeypatch.setattr(choice, "difference", watched)
         # Windowed text alone, then with summaries; few slots, then split ones.
-        feed(model, text, [10, 230, 1, 2, 3, 5, 8, 40], cache)
+        feed(model, text, [5, 5, 230, 1, 2, 3, 5, 8, 40], cache)
         note(log, used)
     assert {True, False} <= {dict(arguments).get("PARTIAL") for _, *arguments in used}
     assert used <= compared
@@ -269,12 +271,12 @@ def test_a_kernel_that_fails_is_replaced_with_one_warning(fault, gpu, monkeypatc
 def test_a_broken_source_is_noticed(gpu, monkeypatch):
     """The self-check sees a kernel that computes something else."""
     with gpu():
-        text = metal.source("decode.h")
+        text = metal.source("forms.h")
         monkeypatch.setattr(
             metal,
             "source",
             lambda name, source=metal.source: (
-                text.replace("1.44269504f", "1.4f") if name == "decode.h" else source(name)
+                text.replace("1.44269504f", "1.4f") if name == "forms.h" else source(name)
             ),
         )
         with pytest.warns(RuntimeWarning, match="decode differs"):

@@ -5,25 +5,22 @@ from contextlib import contextmanager
 import pytest
 
 from ksa_mlx.attention import metal
+from ksa_mlx.attention.kernel import Variant
 
 from . import metal_cpu
-from .test_kernels import decode_case, prefill_case, quantised_case
+from .test_decode_kernel import decode_case
+from .test_prefill_kernel import prefill_case
 
 pytestmark = pytest.mark.skipif(not metal_cpu.available(), reason=str(metal_cpu.unavailable()))
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-SHARED = {
-    "dtype": "float32",
-    "dim": 64,
-    "group": 2,
-    "B": 2,
-    "rows": 2,
-    "keys": 70,
-    "values": "random",
-}
-TILED = {**SHARED, "group": 4, "rows": 4}
-SPLIT = {**SHARED, "keys": 300, "rows": 1}
+SHARED = {"dtype": "float32", "dim": 64, "group": 2, "B": 2, "rows": 2, "keys": 70}
+SHARED |= {"values": "random"}
+FOUR = {**SHARED, "group": 4, "rows": 1}
+LONG = {**SHARED, "keys": 300, "rows": 1}
+SPLIT = {**SHARED, "rows": 1, "variant": Variant(0, 2)}
 LARGE = {**SHARED, "values": "large"}
+ONE = {**SHARED, "own": False}
 PREFILL = {
     "dtype": "float32",
     "dim": 32,
@@ -35,40 +32,43 @@ PREFILL = {
     "s": 1,
     "window": 1,
 }
-QUANTISED = {
-    "dtype": "float32",
-    "dim": 64,
-    "group_size": 32,
-    "bits": 4,
-    "summary_bits": 8,
-    "rows": 1,
-    "B": 2,
-    "keys": 30,
-}
+QUANTISED = {**SHARED, "rows": 1, "keys": 30, "formats": [(4, 4), (8, 8)]}
+AFTER_PLAIN = {**QUANTISED, "formats": [(16, 16), (4, 4)]}
 
 # The file; what is replaced, which time it occurs (from 0), by what; the case that notices.
 MUTANTS = {
-    "no barrier before a tile is overwritten": ("decode.h", BARRIER, 0, "", TILED),
-    "no barrier before a tile is read": ("decode.h", BARRIER, 1, "", TILED),
-    "no barrier before statistics are read": ("decode.h", BARRIER, 2, "", SHARED),
-    "no barrier before sums are read": ("decode.h", BARRIER, 3, "", SHARED),
-    "no barrier before sums are overwritten": ("decode.h", BARRIER, 4, "", SHARED),
-    "a barrier without memory": ("decode.h", "mem_threadgroup", 1, "mem_none", TILED),
-    "a barrier of the simdgroup": ("decode.h", "threadgroup_barrier", 3, "simdgroup_barrier", SHARED),
-    "one slot too many": ("decode.h", "slot < to", 0, "slot <= to", SHARED),
-    "one slot too few": ("decode.h", "slot < to", 0, "slot < to - 1", SHARED),
-    "the wrong rows see": ("decode.h", "first % count", 0, "0 % count", dict(TILED, rows=5)),
-    "the last slot hidden": ("decode.h", "slot < sees.y", 0, "slot < sees.y - 1", SHARED),
-    "no fading": ("decode.h", "fast::exp2(rows.best[c] - best)", 0, "1.0f", SHARED),
-    "infinite start": ("common.h", "-3.402823466e+38f", 0, "-INFINITY", dict(SHARED, keys=1)),
-    "scores overflow": ("decode.h", "fast::exp2(score - best)", 0, "fast::exp2(score)", LARGE),
-    "no scale": ("decode.h", "precise::rsqrt(static_cast<float>(D))", 0, "1.0f", SHARED),
-    "the next sequence's cache": ("decode.metal", "* kv_heads + head", 0, "+ head", SHARED),
-    "an output unwritten": ("decode.metal", "c < C", 0, "c < C - 1", SHARED),
-    "a split left out": ("decode.metal", "+ splits - 1) / splits", 0, ") / splits", SPLIT),
+    "no barrier before parts are joined": ("decode.metal", BARRIER, 0, "", SHARED),
+    "a barrier without memory": ("decode.metal", "mem_threadgroup", 0, "mem_none", SHARED),
+    "a barrier of the simdgroup": ("decode.metal", "threadgroup_barrier", 0, "simdgroup_barrier", SHARED),
+    "one slot too many": ("decode.h", "slot < sees_to", 0, "slot <= sees_to", SHARED),
+    "one slot too few": ("decode.h", "slot < sees_to", 0, "slot < sees_to - 1", SHARED),
+    "slots of the next part": ("decode.h", "min(high, ranges", 0, "max(0, ranges", SPLIT),
+    "another position's range": ("decode.h", "(first + row_of<C>(lane)) % length", 0, "0", SHARED),
+    "what is before the range": ("decode.h", "slot >= sees_from && ", 0, "", SHARED),
+    "a row that sees nothing": ("decode.h", "? 0.0f : 1.0f;", 0, "? 1.0f : 1.0f;", {**SHARED, "keys": 1}),
+    "no fading": ("decode.h", "fast::exp2(rows.best - best)", 0, "1.0f", SHARED),
+    "sums do not fade": ("decode.h", "rows.sum *= fade;", 0, "", LONG),
+    "infinite start": ("common.h", "-3.402823466e+38f", 0, "-INFINITY", {**SHARED, "keys": 1}),
+    "scores overflow": ("decode.h", "exp2(weights[s] - best)", 0, "exp2(weights[s])", LARGE),
+    "the best of some keys": ("decode.h", "bit = L; bit < 32", 0, "bit = L; bit < 16", LARGE),
+    "sums of some keys": ("decode.h", "lanes(D); bit < 32", 0, "lanes(D); bit < 16", SHARED),
+    "sums of some lanes": ("decode.h", "bit < L;", 0, "bit < L / 2;", SHARED),
+    "another row's weights": ("decode.h", "+ lane_of(c, C)", 0, "+ c", FOUR),
+    "another row's fading": ("decode.h", "lane_of(c, C)", 0, "c", FOUR),
+    "rows exchanged": ("decode.h", "second ? high : low", 0, "second ? low : high", FOUR),
+    "a tile left out": ("decode.h", "tile += N * kTile", 0, "tile += 2 * N * kTile", LONG),
+    "no scale": ("forms.h", "precise::rsqrt(static_cast<float>(D))", 0, "1.0f", SHARED),
+    "the next sequence's cache": ("decode.metal", "(own[0])", 0, "(0)", ONE),
+    "an output unwritten": ("decode.metal", "min(C, count", 0, "min(C - 1, count", SHARED),
+    "a part left out": ("decode.metal", "* (split + 1) *", 0, "* split *", SPLIT),
     "parts not weighted": ("combine.metal", "* fade", 1, "", SPLIT),
-    "the other half of a byte": ("decode.h", "low >> (e", 0, "low >> (4 - e", QUANTISED),
-    "another group's bias": ("decode.h", "groups + group)", 0, "groups)", QUANTISED),
+    "the other half of a word": ("forms.h", "] >> 16", 0, "]", QUANTISED),
+    "another group's bias": ("forms.h", "key_biases[group]", 0, "key_biases[0]", QUANTISED),
+    "another group's scale": ("forms.h", "value_scales[group]", 0, "value_scales[0]", QUANTISED),
+    "queries not divided": ("forms.h", "/= factor<KEY_BITS>(e)", 0, "/= 1.0f", QUANTISED),
+    "biases do not fade": ("decode.h", "biases[c] *= by;", 0, "", {**QUANTISED, "keys": 300}),
+    "values too large": ("forms.h", " / factor<VALUE_BITS>(e) +", 0, " +", QUANTISED),
+    "the first cache too small": ("forms.h", "*= factor<VALUE_BITS>(e)", 0, "*= 1.0f", AFTER_PLAIN),
     "prefill, no barrier before keys": ("prefill.metal", BARRIER, 0, "", PREFILL),
     "prefill, keys read too early": ("prefill.metal", BARRIER, 1, "", PREFILL),
     "prefill, values too early": ("prefill.metal", BARRIER, 2, "", PREFILL),
@@ -105,7 +105,7 @@ def test_mutant(mutant):
             metal.source = changed
             yield log
 
-    check = prefill_case if case is PREFILL else quantised_case if "bits" in case else decode_case
+    check = prefill_case if case is PREFILL else decode_case
     with pytest.raises((metal_cpu.KernelFault, AssertionError)) as noticed:
         check(run, **case)
     assert "occurs" not in str(noticed.value), "the source has changed: adapt the mutant"

@@ -7,7 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ksa_mlx.attention import decode, metal
+from ksa_mlx.attention import kernel, metal
+from ksa_mlx.attention.kernel import Variant
 from ksa_mlx.attention.prefill import layout, prefill_kernel
 
 from . import metal_cpu, metal_cuda
@@ -38,18 +39,18 @@ def some_of_each():
     def zeros(dtype, heads, n, dim):
         return mx.zeros((1, heads, n, dim), dtype=dtype)
 
-    for dtype, dim, heads, rows, visited in (
+    for dtype, dim, heads, rows, splits in (
         (mx.float32, 64, 1, 1, 1),
         (mx.bfloat16, 128, 4, 8, 1),
-        (mx.float16, 80, 4, 1, 1000),
+        (mx.float16, 80, 4, 1, 2),
     ):
         cache = zeros(dtype, 1, 32, dim)
-        bounds = decode.bounds([[(0, 1)] * rows])
-        decode.launch(zeros(dtype, heads, rows, dim), [(cache, cache, bounds)], visited)
-    x, bounds = zeros(mx.float16, 1, 32, 128), decode.bounds([[(0, 1)]])
+        ranges, variant = [[[(0, 1)] * rows]], Variant(0, splits)
+        kernel.launch(zeros(dtype, heads, rows, dim), [[(cache, cache)]], ranges, variant)
+    x = zeros(mx.float16, 1, 32, 128)
     eight, four = (mx.quantize(x, group_size=64, bits=bits) for bits in (8, 4))
     for first in (eight, x):
-        decode.launch(x[:, :, :1], [(first, first, bounds), (four, four, bounds)], 1)
+        kernel.launch(x[:, :, :1], [[(first, first), (four, four)]], [[[(0, 1)]] * 2])
     where = layout([9], [0], [0], [1], 4, 1, 2)
     for dtype, dim in ((mx.float32, 64), (mx.bfloat16, 256)):
         x = zeros(dtype, 1, 9, dim)
@@ -67,7 +68,7 @@ def test_kernels_compile():
         assert found[name].count(".param") == len(source.arguments)
         body, combine = bodies[name], source.name == "ksa_combine"
         assert ("bar.sync" in body) == ("shfl.sync" in body) == (not combine)
-        assert ("vote.sync.ballot" in body) == source.name.startswith("ksa_decode")
+        assert ("vote.sync.any" in body) == source.name.startswith("ksa_decode")
         assert "st.global" in body
 
 

@@ -94,7 +94,7 @@ def test_wheel_alone_in_an_empty_environment(tmp_path):
     )
     ask = ("--model", "converted", "--prompt", "What is the badge of Olga?", "--max-tokens", "4")
     assert run(python, "-m", "ksa_mlx", "generate", *ask, env=bare).strip()
-    code = "import ksa_mlx.attention.metal as m; print(len(m.source('decode.h')), m.__file__)"
+    code = "import ksa_mlx.attention.metal as m; print(len(m.source('forms.h')), m.__file__)"
     size, where = run(python, "-c", code, env=bare).split()
     assert int(size) > 100 and where.startswith(str(tmp_path))
 

@@ -45,7 +45,7 @@ class Key(NamedTuple):
     """What an arm is chosen for.
 
     rows: query rows a sequence. formats: (bits, group size) of each segment, (0, 0) if plain.
-    keys: the length, one of the trial's `timed`.
+    keys: the length, one of the trial's `timed`. sequences: of a batch that share no cache.
     """
 
     kernel: str
@@ -56,6 +56,7 @@ class Key(NamedTuple):
     rows: int
     formats: tuple[tuple[int, int], ...]
     keys: int
+    sequences: int = 1
 
     def __str__(self) -> str:
         """A line for people and for the file."""
@@ -63,7 +64,7 @@ class Key(NamedTuple):
         return (
             f"{self.kernel}, {name_of(self.dtype)}, head_dim "
             f"{self.head_dim}, {self.kv_heads} KV heads of {self.group}, rows {self.rows}, "
-            f"{forms}, keys {self.keys}"
+            f"{forms}, keys {self.keys}" + f", {self.sequences} sequences" * (self.sequences > 1)
         )
 
 
@@ -189,7 +190,7 @@ def _warn(key: Key, name: str, off: float | str):
     _warned = True
     if not isinstance(off, str):
         off = f"differs by {off:.2g} of the largest value from plain operations in float32"
-    info, case = mx.device_info(), str(key._replace(keys=0)).removesuffix(", keys 0")
+    info, case = mx.device_info(), str(key._replace(keys=0)).replace(", keys 0", "")
     what, instead = f"the Metal kernel {key.kernel}", "MLX's operations are used instead"
     if name == OPERATIONS:
         what, instead = "MLX's own attention", "a kernel is used instead where one is right"

@@ -7,42 +7,28 @@ import functools
 from collections.abc import Sequence
 
 import mlx.core as mx
-import numpy as np
 
 from ..cache.storage import Held, Segment, part_of
 from . import metal
-from .choice import OPERATIONS, Key, chosen
+from .choice import OPERATIONS, Arm, Key, chosen
+from .kernel import POSITIONS, Variant, decode_kernel, room
 from .plan import BLOCK
 from .trial import DECODE
 
-# Query rows a sequence in one launch; decode.h's kRows.
-ROWS = 8
-
-# Slots a threadgroup reads, and how many threadgroups share them at most. Not tuned on Apple
-# hardware.
-SLOTS_PER_SPLIT = 128
-MAX_SPLITS = 64
-
 
 def decode(queries: mx.array, segments: list[Segment], kernels: str | None) -> mx.array:
-    """Attention of queries (B, heads, L, head_dim) over segments, by the kernel where it runs.
+    """Attention of queries (B, heads, L, head_dim) over segments, by the kernel where it is faster.
 
     kernels: what `metal.wanted` says; a kernel has no gradient. Returns (B, heads, L, head_dim).
     """
+    return decode_rows(queries, [segments], kernels)
+
+
+def decode_rows(queries: mx.array, rows: list[list[Segment]], kernels: str | None) -> mx.array:
+    """The same for a batch: segments of each sequence, or of one cache that all share."""
     if kernels:
-        return ARMS[arm(kernels, queries, segments)](queries, segments)
-    return decode_ops(queries, segments)
-
-
-def decode_rows(queries: mx.array, segments: list[list[Segment]], kernels: str | None) -> mx.array:
-    """The same for a batch of sequences that share no cache.
-
-    Args: queries (B, heads, L, head_dim); segments: of each sequence. Returns (B, heads, L,
-    head_dim).
-    """
-    rows = mx.split(queries, len(segments))
-    each = zip(rows, segments, strict=True)
-    return mx.concatenate([decode(one, seen, kernels) for one, seen in each], axis=0)
+        return ARMS[arm(kernels, queries, rows)](queries, rows)
+    return decode_rows_ops(queries, rows)
 
 
 # MLX's operations
@@ -105,169 +91,52 @@ def attend(
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
-# The kernel
-
-
-def decode_kernel(queries: mx.array, segments: list[Segment]) -> mx.array:
-    """By the kernel: one or two segments, at most 8 rows. Each key and value is loaded once."""
-    B, length = queries.shape[0], queries.shape[2]
-    caches = [(x.keys, x.values, _all_rows(B, length, x.start, x.stop)) for x in segments]
-    last = segments[-1]
-    caches[-1] = last.keys, last.values, _last_rows(B, length, last.start, last.stop)
-    return launch(queries, caches, sum(x.stop - x.start for x in segments))
-
-
-def bounds(ranges: Sequence[Sequence[tuple[int, int]]]) -> mx.array:
-    """The table of slots that `launch` reads.
-
-    Args: ranges[b][row] = (start, stop), the slots that a row of sequence b sees. Returns
-    (B, 8, 2) int32.
-    """
-    table = np.zeros((len(ranges), ROWS, 2), dtype=np.int32)
-    for b, rows in enumerate(ranges):
-        table[b, : len(rows)] = rows
-    return mx.array(table)
-
-
-@functools.lru_cache(64)
-def _last_rows(batch: int, length: int, start: int, stop: int) -> mx.array:
-    """Bounds where the last `length` slots of start .. stop - 1 see themselves and all before."""
-    return bounds([[(start, stop - length + 1 + r) for r in range(length)]] * batch)
-
-
-@functools.lru_cache(64)
-def _all_rows(batch: int, length: int, start: int, stop: int) -> mx.array:
-    """Bounds where all rows see the slots start .. stop - 1."""
-    return bounds([[(start, stop)] * length] * batch)
-
-
-def launch(
-    queries: mx.array, caches: Sequence[tuple[Held, Held, mx.array]], visited: int
-) -> mx.array:
-    """Attention of few query rows over ranges of slots of one or two caches, read once.
-
-    Args:
-        queries: (B, heads, L <= 8, head_dim).
-        caches: (keys, values, bounds) of each. Keys and values are whole buffers, as a slice would
-            be copied: (B, KV heads, capacity, head_dim) of the queries' dtype, or both as
-            `mx.quantize` returns them. bounds (B, 8, 2) int32, from `bounds`.
-        visited: about how many slots the longest sequence visits; decides the number of splits.
-
-    Returns (B, heads, L, head_dim), zeros for a row that sees nothing. One launch, or two if split.
-    Raises ValueError for more rows, and for formats that the kernel does not read.
-    """
-    B, heads, length, dim = queries.shape
-    kv_heads = _heads(caches[0][0])
-    if length > ROWS:
-        raise ValueError(f"decode: found {length} query rows, expected at most {ROWS}")
-    count = heads // kv_heads * length
-    most = 8 if dim <= 128 else 4
-    if count > 12 * most and length > 1:
-        # More than 12 simdgroups may not fit the registers: the cache is read twice.
-        halves = []
-        for rows in (slice(0, length // 2), slice(length // 2, length)):
-            some = [(k, v, mx.roll(table, -rows.start, axis=1)) for k, v, table in caches]
-            halves.append(launch(queries[:, :, rows], some, visited))
-        return mx.concatenate(halves, axis=2)
-    if count <= most:
-        simdgroups, rows, tile = 8, count, 0
-    else:
-        simdgroups = -(-count // most)
-        rows, tile = -(-count // simdgroups), 16 if dim <= 128 else 8
-    one = visited <= 2 * SLOTS_PER_SPLIT
-    splits = 1 if one else min(MAX_SPLITS, -(-visited // SLOTS_PER_SPLIT))
-    partial = splits > 1
-    template = {"T": queries.dtype, "O": mx.float32 if partial else queries.dtype, "D": dim}
-    template |= {"C": rows, "N": simdgroups, "TILE": tile, "PARTIAL": partial}
-    inputs = [queries]
-    unseen = caches[0][0], caches[0][1], _all_rows(B, length, 0, 0)
-    for prefix, (keys, values, table) in zip(("", "MORE_"), [*caches, unseen], strict=False):
-        planes, template[f"{prefix}BITS"], template[f"{prefix}GROUP"] = _planes(
-            keys, values, queries
-        )
-        inputs += [*planes, table]
-    names = "keys key_scales key_biases values value_scales value_biases bounds"
-    more = " ".join(f"more_{name}" for name in names.split())
-    (out,) = metal.kernel("decode", f"queries {names} {more}", "common.h decode.h")(
-        inputs=inputs,
-        template=list(template.items()),
-        grid=(32 * simdgroups * kv_heads, splits, B),
-        threadgroup=(32 * simdgroups, 1, 1),
-        output_shapes=[(B, kv_heads, splits, count, dim + 2) if partial else queries.shape],
-        output_dtypes=[template["O"]],
-    )
-    return _combine(out, queries) if partial else out
-
-
-def _combine(parts: mx.array, queries: mx.array) -> mx.array:
-    """What the splits (B, KV heads, splits, rows, head_dim + 2) sum up to, like `queries`."""
-    B, kv_heads, _, count, _ = parts.shape
-    dim = queries.shape[-1]
-    return metal.kernel("combine", "parts")(
-        inputs=[parts],
-        template=[("T", queries.dtype), ("D", dim)],
-        grid=(dim, count, B * kv_heads),
-        threadgroup=(dim, 1, 1),
-        output_shapes=[queries.shape],
-        output_dtypes=[queries.dtype],
-    )[0]
-
-
-def _heads(keys: Held) -> int:
-    return (keys if isinstance(keys, mx.array) else keys[0]).shape[1]
-
-
-def _format(keys: Held, dim: int) -> tuple[int, int]:
-    """Bits (0: plain) and group size of keys."""
-    if isinstance(keys, mx.array):
-        return 0, 32
-    return keys[0].shape[-1] * 32 // dim, dim // keys[1].shape[-1]
-
-
-def _planes(keys: Held, values: Held, queries: mx.array) -> tuple[list, int, int]:
-    """The six arrays of a cache for decode.metal, its bits (0: plain) and group size."""
-    dim = queries.shape[-1]
-    bits, group = _format(keys, dim)
-    if not bits:
-        return [keys, keys, keys, values, values, values], bits, group
-    scales = keys[1]
-    if (bits, group) not in metal.FORMATS:
-        raise ValueError(
-            f"quantised cache: found {bits} bits in groups of {group}, "
-            "expected 4 or 8 bits in groups of 32 or 64"
-        )
-    if scales.dtype != queries.dtype:
-        raise ValueError(
-            f"quantised cache: found {scales.dtype} scales, expected the queries' {queries.dtype}"
-        )
-    if scales.size < 8:
-        # MLX would pass them in another address space.
-        raise ValueError(
-            f"quantised cache: found {scales.size} scales, expected room for at least 8"
-        )
-    return [*keys, *values], bits, group
-
-
 # Choosing
 
-ARMS = {OPERATIONS: decode_ops, "kernel": decode_kernel}
+
+def decode_rows_ops(queries: mx.array, rows: list[list[Segment]]) -> mx.array:
+    """By MLX's operations, sequence by sequence where they share no cache."""
+    if len(rows) == 1:
+        return decode_ops(queries, rows[0])
+    each = zip(mx.split(queries, len(rows)), rows, strict=True)
+    return mx.concatenate([decode_ops(one, segments) for one, segments in each])
 
 
-def arm(choice: str, queries: mx.array, segments: list[Segment]) -> str:
+# The kernel as it is cut usually, with fewer rows a simdgroup, with fewer threadgroups.
+ARMS: dict[str, Arm] = {
+    OPERATIONS: decode_rows_ops,
+    "kernel": decode_kernel,
+    "kernel, 2 rows": functools.partial(decode_kernel, variant=Variant(rows=2)),
+    "kernel, 256 keys": functools.partial(decode_kernel, variant=Variant(keys=256)),
+}
+
+
+def arm(choice: str, queries: mx.array, rows: list[list[Segment]]) -> str:
     """The name of the arm that computes this; choice: what `metal.wanted` says."""
     heads, length, dim = queries.shape[1:]
-    plain = [x.keys if isinstance(x.keys, mx.array) else x.keys[1] for x in segments]
-    kv_heads = plain[0].shape[1]
-    if length > ROWS or not metal.takes(queries, kv_heads, *(x.dtype for x in plain)):
+    if length > POSITIONS:
         return OPERATIONS
-    formats = tuple((x.form.bits, x.form.group_size) for x in segments)
-    for held, found in zip(plain, formats, strict=True):
-        if found[0] and (found not in metal.FORMATS or held.size < 8):
+    for segments in rows:
+        plain = [x.keys if isinstance(x.keys, mx.array) else x.keys[1] for x in segments]
+        kv_heads = plain[0].shape[1]
+        if not metal.takes(queries, kv_heads, *(x.dtype for x in plain)):
             return OPERATIONS
+        formats = tuple((x.form.bits, x.form.group_size) for x in segments)
+        for held, found in zip(plain, formats, strict=True):
+            if held.size < 8 or (found[0] and found not in metal.FORMATS):
+                return OPERATIONS
     if choice == "metal":
         return "kernel"
     quantised = any(bits for bits, _ in formats)
     untimed = "kernel" if quantised or dim not in metal.VECTOR_DIMS else OPERATIONS
-    keys = DECODE.bucket(sum(x.stop - x.start for x in segments))
-    key = Key("decode", queries.dtype, dim, kv_heads, heads // kv_heads, length, formats, keys)
-    return chosen(key, ARMS, DECODE, untimed, choice == "retune")
+    keys = DECODE.bucket(max(sum(x.stop - x.start for x in segments) for segments in rows))
+    shape = dim, kv_heads, heads // kv_heads, length
+    key = Key("decode", queries.dtype, *shape, formats, keys, room(len(rows), formats))
+    # Where a simdgroup has no more than 2 rows anyway.
+    few = dim > 128 or heads // kv_heads * length <= 2
+    arms = {name: run for name, run in ARMS.items() if not (few and "rows" in name)}
+    return chosen(key, arms, DECODE, untimed, choice == "retune")
+
+
+def _heads(keys: Held) -> int:
+    return (keys if isinstance(keys, mx.array) else keys[0]).shape[1]

@@ -54,14 +54,19 @@ def files() -> list[Path]:
 
 
 @functools.lru_cache(None)
-def kernel(name: str, inputs: str, headers: str = "common.h"):
-    """The kernel in `name`.metal, with one output, `out`; inputs, headers: names with blanks."""
+def kernel(
+    name: str, inputs: str, headers: str = "common.h", variant: str | None = None, before: str = ""
+):
+    """The kernel in `name`.metal, with one output, `out`; inputs, headers: names with blanks.
+
+    variant: its name with these declarations, which come before the body.
+    """
     return mx.fast.metal_kernel(
-        name=f"ksa_{name}",
+        name=f"ksa_{variant or name}",
         input_names=inputs.split(),
         output_names=["out"],
         header="\n".join(source(header) for header in headers.split()),
-        source=source(f"{name}.metal"),
+        source=before + source(f"{name}.metal"),
     )
 
 

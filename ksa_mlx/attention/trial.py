@@ -34,38 +34,43 @@ def random(dtype: mx.Dtype, *shapes: tuple, seed: int = 0) -> list[mx.array]:
     return [mx.random.normal(x, dtype, key=k) for x, k in zip(shapes, keys, strict=True)]
 
 
-# Decode: queries and segments
+# Decode: queries, and of each sequence its segments
 
 
 def _decode(key: Key, keys: int, fill: int) -> Inputs:
     parts = [keys] if len(key.formats) == 1 else [keys - min(TEXT, keys // 2), min(TEXT, keys // 2)]
-    layers = max(1, min(LAYERS, int(fill // _nbytes(key, parts)))) if fill else 1
-    # Between the layers, and at both ends, lies what must not be read.
+    one, n = _nbytes(key, parts), key.sequences
+    layers = max(1, min(LAYERS, int(fill // (one * n)))) if fill else 1
+    # Between them, and at both ends, lies what must not be read.
     gap = 3
-    heads = key.kv_heads * key.group
-    (queries,) = random(key.dtype, (1, heads, key.rows, key.head_dim))
-    segments: list[list[Segment]] = [[] for _ in range(layers)]
-    seen = []
+    shape = n, key.kv_heads * key.group, key.rows, key.head_dim
+    (queries,) = random(key.dtype, shape)
+    caches: list[list[Segment]] = [[] for _ in range(layers * n)]
+    seen: list[list] = [[] for _ in range(n)]
     for i, (part, (bits, size)) in enumerate(zip(parts, key.formats, strict=True)):
-        slots = layers * (part + gap) + gap
-        shape = (1, key.kv_heads, slots, key.head_dim)
+        slots = len(caches) * (part + gap) + gap
+        held = (1, key.kv_heads, slots, key.head_dim)
         form: Form = Affine(bits, size) if bits else PLAIN
-        planes = form.encode(*random(key.dtype, shape, shape, seed=i + 1))
-        for layer, into in enumerate(segments):
-            start = gap + layer * (part + gap)
+        planes = form.encode(*random(key.dtype, held, held, seed=i + 1))
+        for at, into in enumerate(caches):
+            start = gap + at * (part + gap)
             into.append(Segment(*form.pair(planes), start, start + part, form))
-        if not fill:
-            first = [x[:, :, gap : gap + part] for x in planes]
-            # Scales in float32, so that what they stand for is not rounded once more.
-            exact = [x if x.dtype == mx.uint32 else x.astype(mx.float32) for x in first]
-            seen.append(form.decode(exact))
+        # Scales in float32, so that what they stand for is not rounded once more.
+        exact = [x if x.dtype == mx.uint32 else x.astype(mx.float32) for x in planes]
+        for own, segments in zip([] if fill else seen, caches, strict=False):
+            start, stop = segments[-1].start, segments[-1].stop
+            own.append(form.decode([x[:, :, start:stop] for x in exact]))
         mx.eval(planes)
     mx.eval(queries)
+    rows = [caches[i * n : (i + 1) * n] for i in range(layers)]
     if fill:
-        return Inputs(queries, segments, None)
-    held_keys, held_values = (mx.concatenate(x, axis=2) for x in zip(*seen, strict=True))
+        return Inputs(queries, rows, None)
     sees = mx.arange(keys) <= mx.arange(keys - key.rows, keys)[:, None]
-    return Inputs(queries, segments, plain_attention(queries, held_keys, held_values, sees))
+    outputs = []
+    for q, own in zip(mx.split(queries, n), seen, strict=True):
+        all_keys, all_values = (mx.concatenate(x, axis=2) for x in zip(*own, strict=True))
+        outputs.append(plain_attention(q, all_keys, all_values, sees))
+    return Inputs(queries, rows, mx.concatenate(outputs))
 
 
 def _nbytes(key: Key, parts: list[int]) -> float:

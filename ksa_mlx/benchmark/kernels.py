@@ -14,7 +14,7 @@ import numpy as np
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
 from ..attention import metal
-from ..attention.decode import decode_kernel
+from ..attention.kernel import decode_kernel
 from ..attention.plan import Step
 from ..attention.prefill import layout, prefill_kernel, prefill_ops
 from ..cache.storage import PLAIN, Affine, Segment
@@ -41,7 +41,8 @@ class Case:
 
     queries (1, heads, L, head_dim); kernel, ops: attention of one layer each; exact: of the last
     layer in float32, from what its cache stands for. visible: bytes of keys and values that a
-    layer's threadgroups need, each once a threadgroup. pairs: query-key pairs.
+    layer's threadgroups need, each once a threadgroup; affine: of these, scales and biases. pairs:
+    query-key pairs.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Case:
     exact: Attend
     visible: int
     pairs: int
+    affine: int = 0
 
 
 def windowed(args: ModelArgs):
@@ -69,9 +71,10 @@ def decode(args: ModelArgs, n: int, dtype: mx.Dtype, bits: int, layers: int) -> 
     chunk, s, window = windowed(args)
     heads, kv_heads, dim = args.num_attention_heads, args.num_key_value_heads, args.head_dim
     seen = n - max(0, (n - 1) // chunk - window) * (chunk - s)
-    start, stop, row = 32, 32 + seen, dim * dtype.size
+    start, stop, row, affine = 32, 32 + seen, dim * dtype.size, 0
     if bits < 16:
-        row = dim * bits // 8 + dim // GROUP * 2 * dtype.size
+        affine = dim // GROUP * 2 * dtype.size
+        row = dim * bits // 8 + affine
     sdpa = partial(mx.fast.scaled_dot_product_attention, scale=dim**-0.5)
     kernel: list[Attend] = []
     ops: list[Attend] = []
@@ -89,7 +92,7 @@ def decode(args: ModelArgs, n: int, dtype: mx.Dtype, bits: int, layers: int) -> 
         keys, values = cache
         form = Affine(bits, GROUP) if bits < 16 else PLAIN
         segment = Segment(keys, values, start, stop, form)
-        kernel.append(partial(decode_kernel, segments=[segment]))
+        kernel.append(partial(decode_kernel, rows=[[segment]]))
     if bits < 16:
         floats = ([x[0], *(y.astype(mx.float32) for y in x[1:])] for x in cache)
         cache = [mx.dequantize(*x, GROUP, bits) for x in floats]
@@ -103,6 +106,7 @@ def decode(args: ModelArgs, n: int, dtype: mx.Dtype, bits: int, layers: int) -> 
         partial(sdpa, k=k, v=v),
         2 * kv_heads * seen * row,
         heads * seen,
+        2 * kv_heads * seen * affine,
     )
 
 
@@ -197,20 +201,21 @@ def count(case: Case, log) -> dict[str, Any]:
         f"{launch.kernel} {name}": traffic.loaded_bytes
         for launch in launches
         for name, traffic in launch.buffers.items()
-        if traffic.loaded_bytes
+        if traffic.loaded_bytes and not name.endswith("_shape")
     }
 
     def total(what):
         return sum(getattr(launch, what) for launch in launches)
 
-    def of_cache(*ends):
-        return sum(n for name, n in loaded.items() if name.endswith(ends))
+    def of_cache(*kinds):
+        return sum(n for name, n in loaded.items() if any(kind in name for kind in kinds))
 
     return {
         "kernel": case.name,
         "context": case.context,
         "error": error(case),
         "visible": case.visible,
+        "visible_affine": case.affine,
         "keys": of_cache("keys"),
         "values": of_cache("values"),
         "affine": of_cache("scales", "biases"),
@@ -262,7 +267,8 @@ def counts_table() -> Table:
     return Table(
         "Exact counts of one layer's attention, executed on the CPU: no times. Visible: bytes of\n"
         "keys and values that the queries see, once a KV head in decode, once for 32 rows of a\n"
-        "head in prefill. Barriers: passed by whole threadgroups.\n" + ERROR,
+        "head in prefill; loaded / visible without scales and biases, which many lanes share.\n"
+        "Barriers: passed by whole threadgroups.\n" + ERROR,
         [
             ("kernel", 16),
             ("context,\ntokens", 9),
@@ -284,7 +290,7 @@ def counts_cells(r: dict[str, Any]) -> list[str]:
         r["kernel"],
         str(r["context"]),
         size(r["visible"]),
-        f"{(r['keys'] + r['values'] + r['affine']) / r['visible']:.3f}",
+        f"{(r['keys'] + r['values']) / (r['visible'] - r['visible_affine']):.3f}",
         *(str(r[name]) for name in names),
         f"{r['error']:.1e}",
     ]

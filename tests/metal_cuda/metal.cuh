@@ -80,6 +80,7 @@ DEVICE void simdgroup_barrier(mem_flags::flags) { __syncwarp(); }
 
 template <typename T> DEVICE T simd_shuffle(T x, ushort lane) { return __shfl_sync(~0u, x, lane); }
 template <typename T> DEVICE T simd_shuffle_xor(T x, ushort mask) { return __shfl_xor_sync(~0u, x, mask); }
+template <typename T> DEVICE T simd_broadcast(T x, ushort lane) { return __shfl_sync(~0u, x, lane); }
 template <typename T> DEVICE T simd_sum(T x) {
   for (int mask = 1; mask < 32; mask *= 2) x += __shfl_xor_sync(~0u, x, mask);
   return x;
@@ -91,6 +92,7 @@ struct simd_vote {
   explicit DEVICE operator vote_t() const { return votes; }
 };
 DEVICE simd_vote simd_ballot(bool vote) { return {__ballot_sync(~0u, vote)}; }
+DEVICE bool simd_any(bool vote) { return __any_sync(~0u, vote); }
 
 // Threadgroup variables: one for each N.
 template <typename T, int N> DEVICE T& threadgroup_variable() {
