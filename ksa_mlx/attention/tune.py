@@ -38,7 +38,7 @@ def _choose(kernels: str, dtype: mx.Dtype, heads: int, kv_heads: int, dim: int):
     """Decode of one row, and prefill. Nothing is computed with the arrays that stand for them."""
     keys = mx.zeros((1, kv_heads, 8, dim), dtype)
     queries = mx.zeros((1, heads, 1, dim), dtype)
-    decode.arm(kernels, queries, [Segment(keys, keys, 0, 8, PLAIN)])
+    decode.arm(kernels, queries, [[Segment(keys, keys, 0, 8, PLAIN)]])
     prefill.arm(kernels, queries, keys)
 
 
@@ -60,9 +60,10 @@ def check_attention(
     case, kept = str(key), record.here()
     found = kept.find("attention", case)
     if found is None or set(found) != {str(n) for n in LENGTHS} or retune:
+        trials = {n: choice.Trial(DECODE.make, (n,), ()) for n in LENGTHS}
         found = {
-            str(n): choice.difference(key, decode.decode_ops, choice.Trial(DECODE.make, (n,), ()))
-            for n in LENGTHS
+            str(n): choice.difference(key, decode.decode_rows_ops, trial)
+            for n, trial in trials.items()
         }
         kept.keep("attention", case, found)
     off = {n: x for n, x in found.items() if isinstance(x, str) or x > choice.ALLOWED}
