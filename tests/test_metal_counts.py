@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from . import metal_cpu
-from .metal_cpu import live, registers
+from . import kernel_cycles, metal_cpu
+from .metal_cpu import live, mix, registers
 from .metal_cpu.launch import OPERATIONS
 
 instrument = pytest.mark.skipif(not metal_cpu.available(), reason=str(metal_cpu.unavailable()))
@@ -107,11 +107,11 @@ out[i] = sum;
 @instrument
 def test_per_key():
     short, long = run(PER_KEY, n=64), run(PER_KEY, n=192)
-    counts = metal_cpu.per_key(
-        [short], [long], keys=128 * 2
-    )  # each of two simdgroups sees every key
+    keys = 128 * 2  # each of two simdgroups sees every key
+    counts = metal_cpu.per_key([short], [long], keys)
     expected = {"simd_operations": 0.5, "reductions": 0.25, "shuffles": 0.25, "exponentials": 0.125}
-    assert {k: v for k, v in counts.items() if v} == expected
+    # x_shape is read again for every 4 keys.
+    assert {k: v for k, v in counts.items() if v} == {**expected, "loads": 1.25}
 
 
 CARRIES = """float sums[16];
@@ -164,6 +164,38 @@ def test_live_floats_of_text():
 """
     # Outer: %3 four, %4 a half, %6 one. Inner: %x two besides.
     assert live.live_floats(ir) == 4 + 0.5 + 1 + 2
+
+
+RARE = """float sum = 0.0f;
+for (int k = 0; k < x_shape[0]; k++) {
+  const float y = x[k] * v;
+  sum = fast::fma(y, y, sum) * v;
+  if (simd_any(y > 3.0f)) {
+    sum = (sum * sum + v) * y / sum;
+    sum -= simd_sum(sum) + float(as_type<uint>(sum) >> lane);
+  }
+  sum += float((as_type<uint>(y) >> lane) * 3u + uint(k));
+}
+out[i] = sum;
+"""
+
+
+@instrument
+def test_the_mix_of_the_busiest_loop():
+    """What each iteration does: not the branch that it may not take, and nothing of the simd operation's inside."""
+    kernel = metal_cpu.metal_kernel("mixed", ["x"], ["out"], START + RARE)
+    loop = mix.busiest_loop(registers.optimized(kernel.for_types([mx.zeros(64)], [mx.float32], [])))
+    # Products of x and v, of the sum and v; fma; the last addition and its operand's, the next k.
+    assert loop == {"arithmetic": 6, "shift": 2, "convert": 1, "branch": 2, "meetings": 1}
+
+
+def test_cycles():
+    """One key as the decode loop for it would count: 32 multiply-adds, 5 shuffles, an exponential for 3."""
+    counts = {"arithmetic": 32.0, "broadcasts": 4.0, "shuffles": 1.0, "exponentials": 1 / 3}
+    row = kernel_cycles.Row("decode", 512, {**counts, "simd_operations": 5.0}, 82)
+    assert row.cycles == pytest.approx(32 + 5 * 2.04 + 4 / 3)
+    # M1: 8 cores of 4 schedulers, 1.28 GHz; 68.25 GB/s are 133 million keys a second.
+    assert kernel_cycles.CHIPS["M1"].available(512) == pytest.approx(8 * 4 * 1280 / 133.3, rel=1e-3)
 
 
 # ---- the form of the sources

@@ -114,7 +114,9 @@ class metal_kernel:  # in lower case, as it takes the place of a function
                 f"Generated source code for `{self.name}`:\n```\n{wrap.metal_source(kernel)}\n```"
             )
 
-        record = launch.Launch(self.name, tuple(grid), tuple(threadgroup), dict(template or ()))
+        record = launch.Launch(
+            self.name, tuple(grid), tuple(threadgroup), dict(template or ()), source=kernel
+        )
         given = dict(
             zip(
                 self.input_names,

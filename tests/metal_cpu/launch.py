@@ -10,6 +10,7 @@ import numpy as np
 
 from .build import code_lines
 from .memory import extent
+from .wrap import KernelSource
 
 MEETINGS = (
     "threadgroup_barriers",
@@ -128,6 +129,7 @@ class Launch:
         default_factory=dict
     )  # inputs that were not row-contiguous: bytes copied
     seconds: float = 0.0
+    source: KernelSource | None = field(default=None, repr=False)  # what `registers` and `mix` take
 
 
 @cache

@@ -46,7 +46,6 @@ def _function(text: str) -> Function:
     for line in re.sub(
         r"\[\n.*?\n\s*\]", lambda m: m.group().replace("\n", " "), text, flags=re.DOTALL
     ).split("\n"):
-        line = line.split(", !dbg")[0]
         if label := re.match(r'("[^"]+"|[\w.$-]+):', line):
             block = blocks.setdefault("%" + label.group(1), Block())
         elif line.startswith("  "):
@@ -59,6 +58,7 @@ def _function(text: str) -> Function:
 
 def _add(block: Block, floats: dict[str, float], line: str) -> None:
     block.lines.append(line)
+    line = line.split(", !dbg")[0]
     block.successors += re.findall(rf"label ({NAME})", line)
     made = re.match(rf"({NAME}) = (?:(?:tail|musttail|notail) )?(\w+) (.*)", line)
     if made:
@@ -108,7 +108,7 @@ def _live_in(function: Function) -> dict[str, set[str]]:
     return live
 
 
-def _headers(function: Function) -> set[str]:
+def headers(function: Function) -> set[str]:
     """Blocks that a later one jumps back to: in depth-first order, to a block that is not left yet."""
     found, state = set(), {"entry": 1}
     path = [("entry", iter(function.blocks["entry"].successors))]
@@ -130,7 +130,7 @@ def live_floats(ir: str) -> float:
     most = 0.0
     for function in functions(ir):
         live = _live_in(function)
-        for header in _headers(function):
+        for header in headers(function):
             block = function.blocks[header]
             phis = {
                 made.group(1)

@@ -24,17 +24,18 @@ OWN = re.compile(r'%"struct\.metal(::|_)|\[(32|64) x (float|i32)\]|(float|i32|ha
 
 def in_memory(kernel: wrap.KernelSource) -> list[str]:
     """LLVM's types of the private variables that stay in memory; CompileError from clang."""
-    held = re.findall(r"= alloca (.*?), align", _optimized(kernel))
+    held = re.findall(r"= alloca (.*?), align", optimized(kernel))
     return sorted({x for x in held if "simdgroup_matrix" in x or not OWN.match(x)})
 
 
 def live_floats(kernel: wrap.KernelSource) -> float:
     """The most float registers a lane that live across the header of one of its loops, see live.py."""
-    return live.live_floats(_optimized(kernel))
+    return live.live_floats(optimized(kernel))
 
 
 @lru_cache(maxsize=64)
-def _optimized(kernel: wrap.KernelSource) -> str:
+def optimized(kernel: wrap.KernelSource) -> str:
+    """The kernel in LLVM's textual form, after clang's optimizer."""
     with tempfile.TemporaryDirectory() as folder:
         cpp, ir = Path(folder) / "kernel.cpp", Path(folder) / "kernel.ll"
         cpp.write_text(wrap.cpu_source(kernel))
