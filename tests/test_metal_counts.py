@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from . import kernel_cycles, metal_cpu
-from .metal_cpu import live, mix, registers
+from .metal_cpu import live, mix, registers, wrap
 from .metal_cpu.launch import OPERATIONS
 
 instrument = pytest.mark.skipif(not metal_cpu.available(), reason=str(metal_cpu.unavailable()))
@@ -209,3 +209,30 @@ def test_sources_are_ascii(path):
     """MLX hands them to Metal through NSASCIIStringEncoding."""
     text = path.read_text(encoding="utf-8")
     assert [line for line in text.splitlines() if not line.isascii()] == []
+
+
+def outside_of_namespace(text: str) -> list[str]:
+    """Lines of a header that declare something outside of `namespace ksa`, where a name of MLX's could meet it."""
+    found, depth, inside = [], 0, False
+    for line in wrap.strip_comments(text).splitlines():
+        word = line.strip()
+        if depth == 0:
+            inside = word.startswith("namespace ksa")
+            if not inside and word and word[0] != "#" and word != "using namespace metal;":
+                found.append(word)
+        depth += line.count("{") - line.count("}")
+    return found
+
+
+HEADERS = [path for path in SOURCES if path.suffix == ".h"]
+
+
+@pytest.mark.parametrize("path", HEADERS, ids=lambda path: path.name)
+def test_headers_declare_in_a_namespace(path):
+    assert outside_of_namespace(path.read_text(encoding="utf-8")) == []
+
+
+def test_what_is_outside_of_the_namespace_is_found():
+    text = "#include <metal_simdgroup>\nusing namespace metal;\nnamespace ksa {\nint a() { return 1; }\n}  // ksa\n"
+    assert outside_of_namespace(text) == []
+    assert outside_of_namespace(text + "inline int b() {\n  return 2;\n}\n") == ["inline int b() {"]
