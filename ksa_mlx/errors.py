@@ -42,6 +42,10 @@ class ContextError(SessionError):
     """A conversation that is longer than the model's context."""
 
 
+class MemoryLimitError(SessionError):
+    """A prompt that the machine has no room for."""
+
+
 class RequestError(KSAError):
     """A request to the server that its client must change."""
 

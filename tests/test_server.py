@@ -236,6 +236,7 @@ def test_memory_returns(folders):
         prompt_cache_size=10,
         prompt_cache_bytes=None,
         kv_bits=None,
+        memory_limit=None,
     )
     gc.collect()
     server = ResponseGenerator(mlx_lm.server.ModelProvider(cli), PromptCache(10))

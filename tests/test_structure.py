@@ -25,6 +25,7 @@ FLOORS = [
     ["weights"],
     ["distributed"],
     ["model"],
+    ["memory"],
     ["checkpoint"],
     ["stock", "benchmark"],
     ["references"],

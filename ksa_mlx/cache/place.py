@@ -120,6 +120,11 @@ class Place(NamedTuple):
         moved = max(0, self.open - self.window)
         return self.summary_tokens * moved, self.offset - moved * self.chunk
 
+    def room(self, length: int) -> int:
+        """Text slots that there must be to read so many more tokens."""
+        room, read = (self.window + 1) * self.chunk, self.offset + length
+        return min(room, -(-read // CAPACITY) * CAPACITY)
+
     def slot(self, chunk: int) -> int:
         """Where a chunk of the window starts."""
         place = min(chunk, self.window) if chunk == self.open else chunk % self.window
@@ -168,11 +173,10 @@ class Place(NamedTuple):
         ValueError where a summary is missing that the text needs.
         """
         k, W = self.chunk, self.window
-        edges, room = [0, *range(k - self.offset % k, length, k), length], (W + 1) * k
-        if self.offset + length <= room:
+        edges = [0, *range(k - self.offset % k, length, k), length]
+        if self.offset + length <= (W + 1) * k:
             # All text stays in the window: its tokens see the same summaries, none.
             edges = [0, length]
-            room = min(room, -(-(self.offset + length) // CAPACITY) * CAPACITY)
         elif length > 2 * k:
             return None
         at = self._replace(summarised=max(self.summarised, last))
@@ -202,7 +206,7 @@ class Place(NamedTuple):
         behind = None
         if max(first, leaving) < last:
             behind = at.read(max(first, leaving) * k, min(last * k, at.offset))
-        return Moves(at.stored, room, pieces, before, is_ahead, new, behind)
+        return Moves(at.stored, self.room(length), pieces, before, is_ahead, new, behind)
 
     def runs(self, size: int, first: int, length: int) -> Iterator[tuple[int, slice]]:
         """Where `length` tokens from chunk `first` on lie in a ring of `size` chunks."""

@@ -49,7 +49,7 @@ class Handler(mlx_lm.server.APIHandler):
         try:
             self._post()
         except RequestError as e:
-            self._fail(e.status, "invalid_request_error", one_line(e), e.param, e.code)
+            self._fail(e.status, "invalid_request_error", str(e), e.param, e.code)
         except (ConnectionError, TimeoutError) as e:
             logging.info("The client hung up (%s)", type(e).__name__)
         except Exception as e:

@@ -25,6 +25,15 @@ class PromptCache(LRUPromptCache):
       be a token behind (see `rollback.settle`). Here the key is what the caches have read.
     """
 
+    def __init__(self, max_size: int = 10, max_bytes: int = 1 << 63):
+        super().__init__(max_size, max_bytes)
+        self.most_bytes = max_bytes
+
+    def keep_within(self, n_bytes: int):
+        """Hold so many bytes at most, until the next call."""
+        self.max_bytes = min(max(n_bytes, 0), self.most_bytes)
+        self.trim_to(n_bytes=self.max_bytes)
+
     def fetch_nearest_cache(self, model: Any, tokens: list[int], *args, **kwargs):
         """A copy of the longest cached prefix, and the tokens behind it, one at least."""
         cache, rest = super().fetch_nearest_cache(model, tokens[:-1], *args, **kwargs)

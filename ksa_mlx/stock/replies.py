@@ -25,12 +25,15 @@ class Replies(Queue):
         super().__init__()
         self.hung_up, self.alive = hung_up, alive
         self.gone = False  # nobody reads any more
+        self.answers = self.done = False  # whether the answer has begun, and ended
         self.alone = False  # the generation thread does nothing else meanwhile
         self.ctx: GenerationContext | None = None
 
     def put(self, item: Any, *args, **kwargs):
         if isinstance(item, GenerationContext):
             self.ctx = item
+        self.answers = self.answers or isinstance(item, Response)
+        self.done = self.done or item is None or isinstance(item, Exception)
         if not self.gone:
             super().put(item, *args, **kwargs)
             return

@@ -24,12 +24,18 @@ import mlx.core as mx
 import mlx_lm.server
 
 from ..config import ModelArgs
-from ..errors import KSAError, RequestError, one_line
+from ..errors import KSAError, MemoryLimitError, RequestError, one_line
+from ..memory.caches import Quantised
+from ..memory.room import Room
+from . import flags
 from .handler import Handler
 from .ids import table_of
 from .prompt_cache import PromptCache
 from .replies import Replies
 from .requests import check_against
+
+# An answer without a limit, for a model without a context.
+ENDLESS = 1 << 20
 
 
 class ResponseGenerator(mlx_lm.server.ResponseGenerator):
@@ -38,8 +44,9 @@ class ResponseGenerator(mlx_lm.server.ResponseGenerator):
     def __init__(self, *args: Any, **kwargs: Any):
         self.started = Event()
         self.start_error: Exception | None = None
-        self._in_flight: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._in_flight: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._measured: tuple[Any, Any] = (None, None)
+        self._room: Room | None = None
         super().__init__(*args, **kwargs)  # which starts the thread
 
     def submit(self, request: Any, args: Any, hung_up: Callable[[], bool]) -> Replies:
@@ -75,7 +82,7 @@ class ResponseGenerator(mlx_lm.server.ResponseGenerator):
         if request is not None:
             if not self._is_distributed and getattr(request[0], "gone", False):
                 return None
-            self._in_flight.add(request[0])
+            self._in_flight[request[0]] = request[-1]
         return request
 
     def _tokenize(self, tokenizer, request, args, *rest, **kwargs):
@@ -94,6 +101,7 @@ class ResponseGenerator(mlx_lm.server.ResponseGenerator):
             param = "messages" if request.request_type == "chat" else "prompt"
             raise RequestError(param, one_line(e)) from None
         check_against(found[0], args, *self._measure())
+        self._check_room(len(found[0]), args)
         args.piece = lambda token: tokenizer.decode([token])
         args.is_eos = set(tokenizer.eos_token_ids).__contains__
         return found
@@ -111,8 +119,37 @@ class ResponseGenerator(mlx_lm.server.ResponseGenerator):
                 # Some configs give the length before scaling, some the one behind it.
                 scaling = getattr(args, "rope_scaling", None) or {}
                 context = context and int(context * max(1, scaling.get("factor") or 1))
-            self._measured = (model, (ids, width, context))
+            self._measured, self._room = (model, (ids, width, context)), None
         return self._measured[1]
+
+    def _check_room(self, prompt: int, args: Any):
+        """Refuse what does not fit beside the requests that run; cached prompts make room."""
+        if self._is_distributed:  # each machine would have to say the same
+            return
+        args.length = prompt, min(args.max_tokens, ENDLESS)
+        if self._room is None:
+            provider, flags = self.model_provider, self.cli_args
+            quantised = None
+            if flags.kv_bits is not None:
+                start = flags.quantized_kv_start
+                quantised = Quantised(flags.kv_bits, flags.kv_group_size, start)
+            models = [m for m in (provider.model, provider.draft_model) if m is not None]
+            self._room = Room(models, flags.memory_limit, quantised, flags.prefill_step_size)
+        running = {
+            replies: other.length
+            for replies, other in self._in_flight.items()
+            if isinstance(replies, Replies)
+            and other is not args
+            and hasattr(other, "length")
+            and not (replies.gone or replies.done)
+        }
+        reading = 1 + sum(not r.answers for r in running)
+        reading = min(reading, self.cli_args.prompt_concurrency)
+        try:
+            need = self._room.check("prompt", args.length, list(running.values()), reading)
+        except MemoryLimitError as e:
+            raise RequestError(None, str(e), code="insufficient_memory") from None
+        self.prompt_cache.keep_within(self._room.limit - need.total)
 
     def _make_state_machine(self, model_key, tokenizer, stop_words, *args, **kwargs):
         """Stop words are found by their tokens as before, and in the text by `answer.StopText`."""
@@ -153,7 +190,8 @@ def run(
         raise KSAError(f"--adapter-path: {adapter}: no such folder")
     first = mx.distributed.init().rank() == 0
     httpd = _bind(host, port, server_class) if first else None
-    cache = PromptCache(model_provider.cli_args.prompt_cache_size)
+    args = model_provider.cli_args
+    cache = PromptCache(args.prompt_cache_size, args.prompt_cache_bytes or 1 << 63)
     generator = ResponseGenerator(model_provider, cache)
     try:
         generator.started.wait()
@@ -210,3 +248,4 @@ def install():
     }
     for name, what in ours.items():
         setattr(mlx_lm.server, name, what)
+    flags.install()

@@ -1,0 +1,175 @@
+"""How many bytes a model's caches hold after so many tokens, exactly, whatever their class.
+
+They are counted on caches of the model's own classes, which read arrays that nobody evaluates: MLX
+knows the shape of what it never computes. So buffers grow here by the very code that grows them.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import CacheList, make_prompt_cache
+
+from ..attention.plan import Step
+from ..cache.place import CAPACITY
+from ..cache.rolling import RollingSummaryCache
+
+
+class Quantised(NamedTuple):
+    """When mlx-lm quantises a cache, and to what: its --quantized-kv-start, --kv-bits and so on."""
+
+    bits: int
+    group_size: int = 64
+    start: int = 5000
+
+
+class Held(NamedTuple):
+    """Bytes of one sequence's caches.
+
+    now: at the end. most: at any time, each layer at its own worst. padded: those of `most` that a
+    batch holds for every sequence as for its longest one. largest: of one layer.
+    """
+
+    now: int
+    most: int
+    padded: int
+    largest: int
+
+
+class Sizes:
+    """How large the caches of a model get.
+
+    Args:
+        model: one of ours or of mlx-lm's; its weights are not touched.
+        quantised: what becomes of the caches, None: nothing.
+        step: tokens of a prompt that are read at once.
+        make: makes the caches, if not the model itself.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        quantised: Quantised | None = None,
+        step: int = 2048,
+        make: Callable[[], list[Any]] | None = None,
+    ):
+        self.args, self.quantised, self.step = getattr(model, "args", None), quantised, step
+        make = make or (lambda: make_prompt_cache(model))
+        fresh, probe = make(), make()
+        model(mx.array([[0]]), cache=probe)
+        self.layers: Counter[Any] = Counter()
+        self.caches: dict[Any, tuple[Any, Any]] = {}  # an empty one, one that has read a token
+        for pair in zip(fresh, probe, strict=True):
+            for cache, like in _members(*pair):
+                shapes = [(x.shape, x.dtype) for x in arrays_of(like)]
+                kind = type(like), getattr(like, "place", None), str(shapes)
+                self.layers[kind] += 1
+                self.caches[kind] = cache, like
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Of one cache a kind that has read a token."""
+        return [x for _, like in self.caches.values() for x in arrays_of(like)]
+
+    @property
+    def ours(self) -> bool:
+        """Whether the model is a KSA model with windows."""
+        return any(isinstance(c, RollingSummaryCache) for c, _ in self.caches.values())
+
+    def held(self, prompt: int, answer: int = 0) -> Held:
+        """Of a sequence that reads so many tokens as a prompt and then so many one by one."""
+        now = most = padded = largest = 0
+        for kind, layers in self.layers.items():
+            *_, last = along = list(self._along(*self.caches[kind], prompt, answer))
+            now += layers * last
+            most += layers * max(along)
+            if kind[0] is not RollingSummaryCache:
+                padded += layers * max(along)
+            largest = max(largest, *along)
+        return Held(now, most, padded, largest)
+
+    def _along(self, cache: Any, like: Any, prompt: int, answer: int) -> Iterator[int]:
+        """Bytes of one layer's cache at each of its sizes."""
+        ours = isinstance(cache, RollingSummaryCache)
+        if not ours and not hasattr(cache, "update_and_fetch"):
+            yield like.nbytes  # a state that does not grow
+            return
+        cache, read = copy.deepcopy(cache), self._read_ours if ours else _read
+        quantised = self.quantised if hasattr(cache, "to_quantized") else None
+        yield 0
+        for length, singly in [*((n, False) for n in pieces(prompt, self.step)), (answer, True)]:
+            while length:
+                n = length
+                if singly and quantised and cache.offset < quantised.start:
+                    n = min(n, quantised.start - cache.offset)
+                length -= read(cache, like, n, singly)
+                yield cache.nbytes
+                if quantised and cache.offset >= quantised.start:
+                    cache = cache.to_quantized(quantised.group_size, quantised.bits)
+                    quantised = None
+                    yield cache.nbytes
+
+    def _read_ours(self, cache: Any, like: Any, length: int, singly: bool) -> int:
+        """Let a RollingSummaryCache read up to `length` tokens. Returns how many."""
+        place, k = cache.place, self.args.summary_chunk_size
+        if singly:
+            # The next token that needs summaries comes alone, as all of them do.
+            due = (place.summarised + self.args.smallest_window + 1) * k - place.offset
+            length = min(length, CAPACITY, due or 1)
+        step = Step.plan(self.args, place.offset, length, place.summarised)
+        keys, values = like.storage.text.planes
+        one = zeros(keys, 1), zeros(values, 1)
+        stored, end = step.last * place.summary_tokens, place.offset + length
+        cache.storage.reserve(stored, place.room(length), *one)
+        if place.undo and not cache.undo.planes and end >= (place.window + 1) * k:
+            form = cache.storage.form
+            cache.undo.form = form
+            cache.undo.grow(form.encode(*one), place.undo * k)
+        cache.place = place._replace(offset=end, summarised=step.last)
+        in_pieces = singly or place.advance(length, step.first, step.last) is not None
+        cache._ahead = None
+        if in_pieces and end % k == 0 and end > place.window * k:
+            chunk = cache.storage.form.encode(zeros(keys, k), zeros(values, k))
+            left = cache.place.undo or cache.place.open - place.window >= step.last
+            cache._ahead = chunk, chunk if left else None
+        return length
+
+
+def _read(cache: Any, like: Any, length: int, singly: bool) -> int:
+    """Let one of mlx-lm's caches read up to `length` tokens. Returns how many."""
+    if singly and hasattr(cache, "max_size"):
+        length = 1  # several would leave it longer
+    elif singly and not cache.empty():
+        keys = cache.keys if isinstance(cache.keys, mx.array) else cache.keys[0]
+        # All that its buffers have room for, or one that they have not.
+        length = min(length, max(keys.shape[2] - cache.offset, 1))
+    cache.update_and_fetch(zeros(like.keys, length), zeros(like.values, length))
+    return length
+
+
+def pieces(prompt: int, step: int) -> list[int]:
+    """The calls in which mlx-lm reads a prompt: its last token alone."""
+    whole, rest = divmod(max(prompt - 1, 0), step)
+    return [step] * whole + [rest] * bool(rest) + [1] * bool(prompt)
+
+
+def zeros(like: mx.array, length: int) -> mx.array:
+    """So many tokens of keys or values such as `like`, (1, KV heads, tokens, head_dim)."""
+    return mx.zeros((1, like.shape[1], length, like.shape[3]), like.dtype)
+
+
+def arrays_of(cache: Any) -> list[mx.array]:
+    """All arrays that a cache holds."""
+    return [x for _, x in tree_flatten(cache.state) if isinstance(x, mx.array)]
+
+
+def _members(cache: Any, like: Any) -> Iterator[tuple[Any, Any]]:
+    """Caches that hold keys and values themselves, where one holds several."""
+    if isinstance(cache, CacheList):
+        for pair in zip(cache.caches, like.caches, strict=True):
+            yield from _members(*pair)
+    else:
+        yield cache, like
