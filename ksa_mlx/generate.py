@@ -181,6 +181,7 @@ def open_session(args: argparse.Namespace, name: str, system: str | None) -> Ses
         options=options(args, tokenizer, model.args.head_dim),
         draft_model=load_draft(args, tokenizer),
         text_bits=args.kv_text_bits,
+        memory_limit=args.memory_limit,
     )
     session.on_references = on_references(args, tokenizer)
     if args.prefill_response is not None and not session.conversation.has_template:

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from ksa_mlx.chat import notebook
+from ksa_mlx.checkpoint.load import load
 from ksa_mlx.generate import main
 from ksa_mlx.memory.room import Room
-from ksa_mlx.checkpoint.load import load
 
 from ._server import ENDLESS, OURS, post, serving
 
@@ -38,7 +38,7 @@ def test_the_server_refuses_what_does_not_fit(notebook_models, tmp_path):
         assert "need " in error["message"] and f"{limit / 1e6:.2f} MB" in error["message"]
         assert "what fits: " in error["message"]
 
-        endless = {**ENDLESS, "max_tokens": 1000}
+        endless = {**ENDLESS, "max_tokens": 500}
         other = threading.Thread(target=server.ask, args=[endless], daemon=True)
         other.start()
         time.sleep(0.5)
@@ -55,4 +55,6 @@ def test_generate_says_it_before_it_reads(capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: prompt: 2,")
     assert "and there are 5.00 MB (--memory-limit); what fits: " in captured.err
-    assert main([*ask, "five"]) == 2 or "expected a size such as 20GB" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*ask, "five"])
+    assert "--memory-limit: found 'five', expected a size such as 20GB" in capsys.readouterr().err

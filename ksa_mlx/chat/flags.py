@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from mlx_lm.generate import setup_arg_parser
 
 from ..errors import SessionError
+from ..memory.room import parse_size
 
 # Flags of mlx-lm's that mean nothing here, and why.
 MEANINGLESS = {
@@ -112,6 +113,12 @@ def parser() -> argparse.ArgumentParser:
         "--kv-text-bits",
         type=int,
         help="Those of the text in the windows, where a few more bits cost little (--kv-bits).",
+    )
+    p.add_argument(
+        "--memory-limit",
+        type=parse_size,
+        metavar="SIZE",
+        help="Refuse what would need more, such as 12GB (what the device recommends).",
     )
     p.add_argument(
         "--references", action="store_true", help="Show what each answer was drawn from."

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..cache.make import make_cache
 from ..cache.rollback import settle
 from ..errors import ContextError, SessionError
+from ..memory.caches import Quantised
+from ..memory.room import Room
 from ..model import Model
 from ..references.trace import Trace, question_start, trace_answer
 from ..stock.ids import unknown
@@ -60,6 +63,7 @@ class Session:
             prefill_step_size (at most; steps are shorter on a slow machine), kv_bits, ...
         draft_model: proposes tokens, options' `num_draft_tokens` at a time; the answer is the same.
         text_bits: those of the windows' text in a quantised cache, if not `kv_bits` too.
+        memory_limit: bytes that all of it may take; None: what the device has.
 
     Attributes:
         stop: set by a signal handler: end the answer after the next token, reading after the step.
@@ -80,12 +84,15 @@ class Session:
         options: dict[str, Any] | None = None,
         draft_model=None,
         text_bits: int | None = None,
+        memory_limit: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.conversation = Conversation(tokenizer, system_prompt, use_template, template_options)
         self.max_tokens = max_tokens
         self.options = {"prefill_step_size": 2048, "num_draft_tokens": 3, **(options or {})}
         self.draft_model, self.text_bits = draft_model, text_bits
+        self.memory_limit = memory_limit
+        self._room: Room | None = None
         self.stop = False
         self.progress: Callable[[int, int], None] = lambda done, total: None
         self.on_references: Callable[[Trace], None] | None = None
@@ -100,17 +107,20 @@ class Session:
 
     def forget(self) -> None:
         """Empty the cache. The conversation stays, and is read again with the next turn."""
-        if self.draft_model is None:
-            self.cache = make_cache(self.model, text_bits=self.text_bits)
-        else:
-            # Both models' layers in one list, as mlx-lm has it.
-            self.cache = self._rolling_back(self.model) + self._rolling_back(self.draft_model)
+        # Both models' layers in one list, as mlx-lm has it.
+        self.cache = [c for m in self._models for c in self._make_cache(m)]
         self.tokens: list[int] = []  # what the cache has read
 
-    def _rolling_back(self, model) -> list[Any]:
-        """A cache that rejected drafts can be taken back from."""
+    @property
+    def _models(self) -> list[Any]:
+        return [self.model] if self.draft_model is None else [self.model, self.draft_model]
+
+    def _make_cache(self, model) -> list[Any]:
+        """A cache, with a draft model one that rejected drafts can be taken back from."""
         if not isinstance(model, Model):
             return make_prompt_cache(model)
+        if self.draft_model is None:
+            return make_cache(model, text_bits=self.text_bits)
         rollback = max(model.rollback, self.options["num_draft_tokens"])
         return make_cache(model, rollback, self.text_bits)
 
@@ -228,6 +238,7 @@ class Session:
                 f"{what}: found {len(prompt):,} tokens, expected fewer than the context of "
                 f"{self.context:,} (max_position_embeddings)"
             )
+        self._check_room(what, len(prompt))
         known = len(self.tokens)
         # The template may render an earlier turn anew (without its thinking, say), or text that
         # was generated may fall into other tokens when it is read.
@@ -242,6 +253,17 @@ class Session:
         if not on:
             self.forget()
         return new
+
+    def _check_room(self, what: str, tokens: int):
+        """Raises MemoryLimitError if there is no room for so many tokens and an answer."""
+        if self._room is None:
+            step, made = self.options["prefill_step_size"], self._quantize()
+            names = ("kv_bits", "kv_group_size", "quantized_kv_start")
+            quantised = Quantised(*(made[name] for name in names)) if made else None
+            makers = [partial(self._make_cache, m) for m in self._models]
+            self._room = Room(self._models, self.memory_limit, quantised, step, makers)
+        # An answer without a limit of its own may end before there is no room.
+        self._room.check(what, (tokens, min(max(self.max_tokens, 0), self.context - tokens)))
 
     def _read(self, new: list[int], total: int) -> bool:
         """Read tokens, of `total` that are to be read. Returns False if `stop` came first."""

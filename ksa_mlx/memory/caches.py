@@ -56,7 +56,8 @@ class Sizes:
         step: int = 2048,
         make: Callable[[], list[Any]] | None = None,
     ):
-        self.args, self.quantised, self.step = getattr(model, "args", None), quantised, step
+        self.args: Any = getattr(model, "args", None)
+        self.quantised, self.step = quantised, step
         make = make or (lambda: make_prompt_cache(model))
         fresh, probe = make(), make()
         model(mx.array([[0]]), cache=probe)
@@ -64,15 +65,16 @@ class Sizes:
         self.caches: dict[Any, tuple[Any, Any]] = {}  # an empty one, one that has read a token
         for pair in zip(fresh, probe, strict=True):
             for cache, like in _members(*pair):
-                shapes = [(x.shape, x.dtype) for x in arrays_of(like)]
-                kind = type(like), getattr(like, "place", None), str(shapes)
+                shapes = [(x.shape, x.dtype) for x in arrays(like.state)]
+                limits = getattr(like, "place", None), getattr(like, "max_size", None)
+                kind = type(like), *limits, str(shapes)
                 self.layers[kind] += 1
                 self.caches[kind] = cache, like
 
     @property
-    def arrays(self) -> list[mx.array]:
-        """Of one cache a kind that has read a token."""
-        return [x for _, like in self.caches.values() for x in arrays_of(like)]
+    def read_once(self) -> list[mx.array]:
+        """Arrays of caches that have read a token, one cache a kind."""
+        return [x for _, like in self.caches.values() for x in arrays(like.state)]
 
     @property
     def ours(self) -> bool:
@@ -161,9 +163,10 @@ def zeros(like: mx.array, length: int) -> mx.array:
     return mx.zeros((1, like.shape[1], length, like.shape[3]), like.dtype)
 
 
-def arrays_of(cache: Any) -> list[mx.array]:
-    """All arrays that a cache holds."""
-    return [x for _, x in tree_flatten(cache.state) if isinstance(x, mx.array)]
+def arrays(tree: Any) -> list[mx.array]:
+    """All arrays of a cache's state, or of a model's parameters."""
+    flat: Any = tree_flatten(tree)
+    return [x for _, x in flat if isinstance(x, mx.array)]
 
 
 def _members(cache: Any, like: Any) -> Iterator[tuple[Any, Any]]:

@@ -1,5 +1,6 @@
-"""Whether there is room for a prompt, before it is read: what it needs, what there is, what fits."""
+"""Whether there is room for a prompt before it is read: what it needs, what there is, what fits."""
 
+import argparse
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -7,11 +8,10 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ..attention.plan import BLOCK
 from ..errors import MemoryLimitError
-from .caches import Held, Quantised, Sizes
+from .caches import Held, Quantised, Sizes, arrays
 
 # Head sizes for which MLX's attention on a GPU holds no scores.
 FUSED = (64, 80, 128)
@@ -22,10 +22,10 @@ Length = tuple[int, int]  # tokens of a prompt, and of its answer
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 20GB, 500M or 1000000. Raises ValueError."""
+    """An argparse type: bytes of a size such as 20GB, 500M or 1000000."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip().upper())
     if found is None:
-        raise ValueError(f"found {text!r}, expected a size such as 20GB")
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a size such as 20GB")
     return int(Decimal(found[1]) * UNITS[found[2]])
 
 
@@ -88,7 +88,7 @@ class Room:
         self.sizes = [
             Sizes(m, quantised, step, make) for m, make in zip(models, makers, strict=False)
         ]
-        self.weights = sum(x.nbytes for m in models for _, x in tree_flatten(m.parameters()))
+        self.weights = sum(x.nbytes for m in models for x in arrays(m.parameters()))
 
     def held(self, prompt: int, answer: int) -> Held:
         """Of a sequence, in all models."""
@@ -113,8 +113,8 @@ class Room:
         """Bytes that reading `rows` tokens behind n others holds for a while, about."""
         found = []
         for model, sizes in zip(self.models, self.sizes, strict=True):
-            matrices = [w for _, w in tree_flatten(model.layers[0].parameters()) if w.ndim >= 2]
-            size = max((x.dtype.size for x in sizes.arrays if x.ndim == 4), default=2)
+            matrices = [w for w in arrays(model.layers[0].parameters()) if w.ndim >= 2]
+            size = max((x.dtype.size for x in sizes.read_once if x.ndim == 4), default=2)
             # What a layer's projections give, and what is between them.
             outputs = 3 * sum(w.shape[-2] for w in matrices) * rows
             found.append(size * (outputs + self._scores(sizes, n, rows)))

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,34 +10,10 @@ import mlx_lm.server
 from ..memory.room import parse_size
 
 
-def size(text: str) -> int:
-    """A flag's bytes."""
-    try:
-        return parse_size(text)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
-
-
-def _prompt_cache(parser: argparse.ArgumentParser):
-    parser.add_argument(
-        "--prompt-cache-dir",
-        type=Path,
-        metavar="DIR",
-        help="Keep prompt caches in files there, which outlive the server",
-    )
-    parser.add_argument(
-        "--prompt-cache-disk-size",
-        type=size,
-        default=20 * 10**9,
-        metavar="SIZE",
-        help="All files together; those used least recently leave first (default: 20GB)",
-    )
-
-
 def _memory(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--memory-limit",
-        type=size,
+        type=parse_size,
         metavar="SIZE",
         help="Refuse what weights, caches and reading would need more for, such as 12GB "
         "(default: what the device recommends)",
@@ -46,7 +21,7 @@ def _memory(parser: argparse.ArgumentParser):
 
 
 # One function a subject, in the order of the help.
-GROUPS: list[Callable[[argparse.ArgumentParser], None]] = [_prompt_cache, _memory]
+GROUPS: list[Callable[[argparse.ArgumentParser], None]] = [_memory]
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,4 +35,5 @@ class Parser(argparse.ArgumentParser):
 
 def install():
     """Make mlx_lm.server's command line know our flags."""
-    mlx_lm.server.argparse = SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser})
+    ours = SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser})
+    setattr(mlx_lm.server, "argparse", ours)  # noqa: B010 a module, for mypy

@@ -41,6 +41,8 @@ ENDLESS = 1 << 20
 class ResponseGenerator(mlx_lm.server.ResponseGenerator):
     """mlx-lm's generation thread, which outlives what goes wrong in it (mlx-lm#1505, #1909)."""
 
+    prompt_cache: PromptCache
+
     def __init__(self, *args: Any, **kwargs: Any):
         self.started = Event()
         self.start_error: Exception | None = None
