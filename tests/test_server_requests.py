@@ -14,6 +14,7 @@ from mlx_lm.generate import BatchGenerator
 
 import ksa_mlx
 from ksa_mlx.chat import notebook
+from ksa_mlx.stock.flags import ARGPARSE
 from ksa_mlx.stock.prompt_cache import PromptCache
 from ksa_mlx.stock.replies import HungUp, Replies
 from ksa_mlx.stock.server import ResponseGenerator
@@ -197,10 +198,11 @@ def generator(notebook_models):
 
 
 def mlx_lm_flags(*argv):
-    """mlx_lm.server's command line as it reads it."""
+    """The server's command line as mlx_lm.server reads it."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["server", *argv])
+        patch.setattr(mlx_lm.server, "argparse", ARGPARSE)
         patch.setattr("logging.basicConfig", lambda **kwargs: None)
         patch.setattr(mlx_lm.server, "ModelProvider", lambda args: args)
         patch.setattr(mlx_lm.server, "run", lambda host, port, args: found.append(args))

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import mlx_lm.server
-
 from ..memory.room import parse_size
 
 
@@ -33,7 +31,5 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(*args, **kwargs)
 
 
-def install():
-    """Make mlx_lm.server's command line know our flags."""
-    ours = SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser})
-    setattr(mlx_lm.server, "argparse", ours)  # noqa: B010 a module, for mypy
+# What mlx_lm.server is to find under the name of the module.
+ARGPARSE = SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser})

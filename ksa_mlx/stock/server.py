@@ -247,7 +247,7 @@ def install():
         "ResponseGenerator": ResponseGenerator,
         "APIHandler": Handler,
         "run": run,
+        "argparse": flags.ARGPARSE,
     }
     for name, what in ours.items():
         setattr(mlx_lm.server, name, what)
-    flags.install()
