@@ -163,6 +163,7 @@ def load_model(args: argparse.Namespace, name: str):
         ):
             raise SessionError(f"--extra-eos-token: found {token!r}, expected a token of {name}")
         tokenizer.add_eos_token(str(number))
+    model.value_bits = args.kv_value_bits
     return model, tokenizer
 
 

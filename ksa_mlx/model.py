@@ -12,7 +12,7 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.qwen3 import MLP
 from mlx_lm.models.rope_utils import initialize_rope
 
-from .attention.full import full_attention, full_text
+from .attention.full import full_attention, full_rows, full_text
 from .attention.plan import Call
 from .attention.summaries import summary_attention
 from .attention.windowed import windowed_attention
@@ -126,12 +126,15 @@ class Attention(nn.Module):
             summaries = self._rotate_at(sk, call.summary_positions), sv.swapaxes(1, 2)
 
         if self.window is None:
-            # On whichever cache mlx-lm uses for it.
-            if cache is not None:
-                k, v = cache.update_and_fetch(k, v)
-            out = full_attention(q, k, v, cache, mask, call)
-            if has_summaries:
-                text = full_text(k, v, cache, call)
+            if getattr(cache, "ragged", False):
+                out, text = full_rows(q, k, v, cache, call)
+            else:
+                # On whichever cache mlx-lm uses for it.
+                if cache is not None:
+                    k, v = cache.update_and_fetch(k, v)
+                out = full_attention(q, k, v, cache, mask, call)
+                if has_summaries:
+                    text = full_text(k, v, cache, call)
         else:
             out, text = windowed_attention(q, k, v, summaries, cache, call, self.window)
         out = out.swapaxes(1, 2).reshape(B, L, -1)
@@ -233,9 +236,12 @@ class Model(nn.Module):
 
     `model(inputs, cache=None, input_embeddings=None)`: inputs (B, L) text ids or
     input_embeddings (B, L, hidden). Returns logits (B, L, text ids), in the weights' dtype.
-    Without a cache it is differentiable. `rollback` is how many tokens the caches that
-    `make_cache()` makes can take back.
+    Without a cache it is differentiable. `rollback`, `text_bits` and `value_bits` are what
+    `make_cache()` takes.
     """
+
+    text_bits: int | None = None
+    value_bits: int | None = None
 
     def __init__(self, args: ModelArgs):
         super().__init__()

@@ -3,6 +3,7 @@
     python -m tests.soak --minutes 5                 # stock mlx_lm.server
     python -m tests.soak --minutes 5 --ours          # python -m ksa_mlx server
     python -m tests.soak --minutes 5 --ours --draft  # with a draft model
+    python -m tests.soak --minutes 5 --ours --kv-bits 4  # quantised keys and values, in batches
 
 Uses the embedded notebook model in float32, on loopback only. Every finished answer must be the
 greedy answer of mlx_lm.stream_generate, running alone. Prints one line of figures; exits with 1 if
@@ -25,6 +26,8 @@ from ksa_mlx.chat import notebook
 from ksa_mlx.convert import convert
 
 from ._server import OURS, STOCK, serving
+
+KV_GROUP = 32
 
 
 def make_models(folder: Path) -> tuple[Path, Path]:
@@ -57,7 +60,8 @@ def make_requests(count: int, seed: int) -> list[dict]:
     return requests
 
 
-def solo_answers(model: Path, requests: list[dict]) -> list[str]:
+def solo_answers(model: Path, requests: list[dict], kv_bits: int | None = None) -> list[str]:
+    """Greedy answers, on caches that are quantised from the first token on, if at all."""
     loaded, tokenizer = ksa_mlx.load(model)
     answers = []
     for body in requests:
@@ -65,7 +69,12 @@ def solo_answers(model: Path, requests: list[dict]) -> list[str]:
             prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)
         else:
             prompt = tokenizer.encode(body["prompt"])
-        parts = stream_generate(loaded, tokenizer, prompt, max_tokens=body["max_tokens"])
+        cache = loaded.make_cache()
+        if kv_bits:
+            cache = [c.to_quantized(KV_GROUP, kv_bits) for c in cache]
+        parts = stream_generate(
+            loaded, tokenizer, prompt, max_tokens=body["max_tokens"], prompt_cache=cache
+        )
         answers.append("".join(r.text for r in parts))
     mx.clear_cache()
     return answers
@@ -113,14 +122,18 @@ def soak(
     ours: bool = False,
     draft: bool = False,
     seed: int = 0,
+    kv_bits: int | None = None,
 ) -> dict:
     """Run it. Returns the figures; "faults" is empty if all went well."""
     with tempfile.TemporaryDirectory() as folder:
         model, draft_model = make_models(Path(folder))
         asked = make_requests(requests, seed)
-        answers = solo_answers(model, asked)
+        answers = solo_answers(model, asked, kv_bits)
         command, argv = (OURS, []) if ours else (STOCK, ["--trust-remote-code"])
         argv += ["--draft-model", str(draft_model)] if draft else []
+        if kv_bits:
+            argv += ["--kv-bits", str(kv_bits), "--kv-group-size", str(KV_GROUP)]
+            argv += ["--quantized-kv-start", "0"]
         log = Path(folder) / "server.log"
         with serving(command, model, log, "--log-level", "WARNING", *argv) as server:
             start = time.monotonic()
@@ -169,10 +182,21 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ours", action="store_true", help="python -m ksa_mlx server")
     parser.add_argument("--draft", action="store_true", help="with a draft model (needs --ours)")
+    parser.add_argument("--kv-bits", type=int, help="quantised keys and values (needs --ours)")
     args = parser.parse_args()
+    if args.kv_bits and not args.ours:
+        parser.error("--kv-bits: expected --ours too; the stock server turns batches off")
     if args.draft and not args.ours:
         parser.error("--draft: expected --ours too; the stock server's prompt cache does not fit")
-    r = soak(args.minutes * 60, args.clients, args.requests, args.ours, args.draft, args.seed)
+    r = soak(
+        args.minutes * 60,
+        args.clients,
+        args.requests,
+        args.ours,
+        args.draft,
+        args.seed,
+        args.kv_bits,
+    )
     grown = r["resident_end"] / r["resident_middle"] - 1
     print(
         f"{r['seconds']:.0f} s, {r['clients']} clients: {r['finished']:,} answers finished, all as "

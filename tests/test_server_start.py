@@ -22,7 +22,10 @@ from ._server import ENDLESS, OURS, STOCK, Server, busy, environment, post, serv
 @pytest.fixture
 def stock_restored(monkeypatch):
     """Ours takes the place of mlx-lm's classes in its module: only while a test runs."""
-    for name in ("LRUPromptCache", "ResponseGenerator", "APIHandler", "run", "argparse"):
+    for name in (
+        "LRUPromptCache", "ModelProvider", "ResponseGenerator", "BatchGenerator", "APIHandler",
+        "run", "argparse",
+    ):  # fmt: skip
         monkeypatch.setattr(mlx_lm.server, name, getattr(mlx_lm.server, name))
     monkeypatch.setattr("logging.basicConfig", lambda **kwargs: None)
 

@@ -5,9 +5,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
 
+from ..cache.full import BatchFullCache
 from ..cache.storage import join, part_of, segments_of
-from .decode import attend, decode
-from .plan import Call
+from .decode import attend, decode, decode_rows
+from .plan import Call, Step
 
 
 def full_attention(
@@ -32,14 +33,46 @@ def full_text(keys: Any, values: Any, cache: Any, call: Call) -> tuple[mx.array,
     heads, tokens, head_dim).
     """
     if len(call.steps) == 1 and not hasattr(cache, "left_padding"):
-        step = call.steps[0]
-        if isinstance(keys, mx.array):
-            return tuple(step.text(keys, values))
-        form = segments_of(cache)[0].form
-        return form.decode([*part_of(keys, *step.span), *part_of(values, *step.span)])
+        return _text(keys, values, cache, call.steps[0])
     parts = []
     for b, step in enumerate(call.steps):
         if step.chunks:
             slots = mx.arange(*step.span) + cache.left_padding[b]
             parts.append([mx.take(x[b : b + 1], slots, axis=2) for x in (keys, values)])
     return tuple(join(parts))
+
+
+def _text(keys: Any, values: Any, cache: Any, step: Step) -> tuple[mx.array, mx.array]:
+    if isinstance(keys, mx.array):
+        return tuple(step.text(keys, values))
+    form = segments_of(cache)[0].form
+    return form.decode([*part_of(keys, *step.span), *part_of(values, *step.span)])
+
+
+def full_rows(
+    queries: mx.array, keys: mx.array, values: mx.array, cache: BatchFullCache, call: Call
+) -> tuple[mx.array, tuple[mx.array, mx.array] | None]:
+    """Sequences of different lengths: each on the cache of its own, and none is padded.
+
+    Args: queries, keys, values of the new columns, (B, heads, columns, head_dim). Returns outputs
+    like the queries, zeros for padding, and the text of the chunks that the call summarises, of all
+    sequences in one block, None without.
+    """
+    columns, held = queries.shape[2], cache.update(keys, values)
+    if columns == 1 and all(n for n, _, _ in held):
+        out = decode_rows(queries, [segments_of(row) for row in cache.rows], call.kernels)
+    else:
+        outputs = []
+        for b, (row, (n, k, v)) in enumerate(zip(cache.rows, held, strict=True)):
+            one = queries[b : b + 1, :, :n]
+            if n:
+                one = full_attention(one, k, v, row, "causal" if n > 1 else None, call)
+            if n < columns:
+                one = mx.pad(one, [(0, 0), (0, 0), (0, columns - n), (0, 0)])
+            outputs.append(one)
+        out = mx.concatenate(outputs, axis=0)
+    if not call.rows:
+        return out, None
+    each = zip(cache.rows, held, call.steps, strict=True)
+    texts = [_text(k, v, row, step) for row, (_, k, v), step in each if step.chunks]
+    return out, tuple(join(texts))

@@ -2,19 +2,19 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache
 
 
-class BatchRollingSummaryCache(_BaseCache):
-    """One windowed layer's caches of a batch: a RollingSummaryCache a sequence.
+class Rows(_BaseCache):
+    """One layer's caches of a batch: one a sequence.
 
-    Each sequence has its own phase within chunk, window and summaries, so the buffers stay apart:
-    a sequence joins or leaves without a copy, and none is padded to the longest. The projections,
-    norms and MLPs run over all sequences at once; attention runs sequence by sequence. A batch is
-    evaluated by its state but never restored from it: `extract` its sequences to save them.
+    The buffers stay apart: a sequence joins or leaves without a copy, and none is padded to the
+    longest. The projections, norms and MLPs run over all sequences at once; attention runs
+    sequence by sequence. A batch is evaluated by its state but never restored from it: `extract`
+    its sequences to save them.
     """
 
     ragged = True
@@ -25,11 +25,12 @@ class BatchRollingSummaryCache(_BaseCache):
         self._left: list[int] | None = None
 
     @classmethod
-    def merge(cls, caches: Sequence[Any]) -> "BatchRollingSummaryCache":
-        """A batch of the caches of single sequences, which stay as they are."""
-        return cls([copy.deepcopy(c) for c in caches])
+    def merge(cls, caches: Sequence[Any]) -> Self:
+        """A batch of the caches of single sequences, which stay as they are, or of batches."""
+        rows = [r for c in caches for r in (c.rows if isinstance(c, Rows) else [c])]
+        return cls([copy.deepcopy(r) for r in rows])
 
-    def extend(self, other: "BatchRollingSummaryCache"):
+    def extend(self, other: Self):
         """Append the sequences of another batch."""
         self.rows = self.rows + other.rows
 
@@ -55,29 +56,34 @@ class BatchRollingSummaryCache(_BaseCache):
     def finalize(self):
         self._left = None
 
-    def progress(self, length: int) -> list[tuple[int, int, int]]:
-        """Of each sequence: tokens read, how many of the next `length` columns are tokens, and
-        chunks summarised."""
-        lengths = [length] * len(self.rows)
-        if self._left is not None:
-            lengths = [min(length, left) for left in self._left]
-        places = (row.place for row in self.rows)
-        return [(p.offset, n, p.summarised) for p, n in zip(places, lengths, strict=True)]
+    def lengths(self, columns: int) -> list[int]:
+        """How many of the next columns are tokens of each sequence."""
+        if self._left is None:
+            return [columns] * len(self.rows)
+        return [min(columns, left) for left in self._left]
 
-    def advance(self, length: int):
-        """Note that `length` columns are read."""
+    def advance(self, columns: int):
+        """Note that so many columns are read."""
         if self._left is not None:
-            self._left = [max(left - length, 0) for left in self._left]
+            self._left = [max(left - columns, 0) for left in self._left]
 
-    def depend_on(self, h: mx.array):
-        """Make whoever evaluates the cache evaluate h too."""
-        for row in self.rows:
-            row.depend_on(h)
+    def quantize(self, start: int, **form: Any) -> list[Any]:
+        """Quantise the sequences of at least `start` tokens, by `to_quantized(**form)`.
+
+        Returns the arrays of those that were not yet, for who wants to evaluate them.
+        """
+        new = []
+        for b, row in enumerate(self.rows):
+            if row.offset >= start and hasattr(row, "to_quantized"):
+                self.rows[b] = row.to_quantized(**form)
+                if self.rows[b] is not row:
+                    new.append(self.rows[b].state)
+        return new
 
     @property
     def offset(self) -> mx.array:
         """Text tokens of each sequence, (B,)."""
-        return mx.array([row.place.offset for row in self.rows], dtype=mx.int32)
+        return mx.array([row.offset for row in self.rows], dtype=mx.int32)
 
     @property  # type: ignore[misc]
     def state(self):
@@ -97,4 +103,22 @@ class BatchRollingSummaryCache(_BaseCache):
 
     @property
     def nbytes(self) -> int:
-        return sum(row.nbytes for row in self.rows)
+        return sum(row.nbytes for row in self.rows if not row.empty())
+
+
+class BatchRollingSummaryCache(Rows):
+    """One windowed layer's caches of a batch: a RollingSummaryCache a sequence.
+
+    Each has its own phase within chunk, window and summaries.
+    """
+
+    def progress(self, length: int) -> list[tuple[int, int, int]]:
+        """Of each sequence: tokens read, how many of the next `length` columns are tokens, and
+        chunks summarised."""
+        each = zip(self.rows, self.lengths(length), strict=True)
+        return [(row.place.offset, n, row.place.summarised) for row, n in each]
+
+    def depend_on(self, h: mx.array):
+        """Make whoever evaluates the cache evaluate h too."""
+        for row in self.rows:
+            row.depend_on(h)

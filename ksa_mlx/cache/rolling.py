@@ -11,7 +11,7 @@ from .place import Ahead, Moves, Piece, Place, Reading
 from .storage import PLAIN, Affine, Apart, Buffer, Joined, Planes, Segment, join
 
 # The layout of `state`.
-STATE = 2
+STATE = 3
 
 Pair = tuple[mx.array, mx.array]  # keys and values, (B, KV heads, tokens, head_dim)
 
@@ -33,6 +33,7 @@ class RollingSummaryCache(_BaseCache):
         rollback: N, tokens before the furthest one read that `trim` reaches; 0: never trimmable.
         text_bits: what the window's text is quantised to when mlx-lm quantises the cache, if not
             to the same bits as the summaries.
+        value_bits: likewise for the values of whatever has the bits of the summaries.
     """
 
     ragged = False
@@ -44,9 +45,10 @@ class RollingSummaryCache(_BaseCache):
         window: int,
         rollback: int = 0,
         text_bits: int | None = None,
+        value_bits: int | None = None,
     ):
         self.place = Place(chunk, summary_tokens, window, rollback)
-        self.text_bits = text_bits
+        self.text_bits, self.value_bits = text_bits, value_bits
         self.storage: Joined | Apart = Joined()
         self.undo = Buffer(PLAIN)
         # A full open chunk, and the one that will leave the window, if somebody needs it.
@@ -256,25 +258,27 @@ class RollingSummaryCache(_BaseCache):
     def state(self) -> tuple[mx.array, ...]:
         """Everything there is, as `from_state` skips __init__: numbers, then all planes."""
         buffers = [self.undo, *self.storage.buffers]
-        forms = [n for x in self.storage.buffers for n in (x.form.bits, x.form.group_size)]
+        forms = [x.form for x in self.storage.buffers]
+        numbers = [n for f in forms for n in (f.bits, f.group_size, f.value_bits)]
         counts = [len(x.planes) for x in buffers]
-        own = [STATE, *self.place, self.text_bits or 0, self.storage.left]
+        own = [STATE, *self.place, self.text_bits or 0, self.value_bits or 0, self.storage.left]
         planes = [x for buffer in buffers for x in buffer.planes]
-        return mx.array([*own, *counts, *forms]), *planes
+        return mx.array([*own, *counts, *numbers]), *planes
 
     @state.setter
     def state(self, v):
         numbers, *planes = v
         if numbers.ndim != 1 or numbers.size < 1 or numbers[0].item() != STATE:
             raise ValueError("found the cache of another version of ksa-mlx; make it anew")
-        _, *place, text_bits, left = numbers.tolist()[: 3 + len(Place._fields)]
-        self.place, self.text_bits, self._ahead = Place(*place), text_bits or None, None
-        rest = numbers.tolist()[3 + len(place) :]
-        if len(rest) == 4:  # counts of two buffers, and one form
+        _, *place, text_bits, value_bits, left = numbers.tolist()[: 4 + len(Place._fields)]
+        self.place, self._ahead = Place(*place), None
+        self.text_bits, self.value_bits = text_bits or None, value_bits or None
+        rest = numbers.tolist()[4 + len(place) :]
+        if len(rest) == 5:  # counts of two buffers, and one form
             self.storage = Joined()
         else:
             _, _, _, *forms = rest
-            self.storage = Apart(Affine(*forms[:2]), Affine(*forms[2:]))
+            self.storage = Apart(Affine(*forms[:3]), Affine(*forms[3:]))
         self.storage.left = left
         self.undo = Buffer(self.storage.form)
         for buffer, count in zip([self.undo, *self.storage.buffers], rest, strict=False):
@@ -300,18 +304,25 @@ class RollingSummaryCache(_BaseCache):
         return sum(x.nbytes for x in planes)
 
     def to_quantized(
-        self, group_size: int = 64, bits: int = 4, text_bits: int | None = None
+        self,
+        group_size: int = 64,
+        bits: int = 4,
+        text_bits: int | None = None,
+        value_bits: int | None = None,
     ) -> "RollingSummaryCache":
         """The same cache with its keys and values in mlx's affine format; itself if they are.
 
-        `text_bits` for the text of the window, where they differ from those of the summaries.
+        `text_bits` for the text of the window, where they differ from those of the summaries;
+        `value_bits` for the values of whatever has `bits`.
         """
         if self.storage.bits:
             return self
-        text = Affine(text_bits or self.text_bits or bits, group_size)
+        own = Affine(bits, group_size, value_bits or self.value_bits)
+        text = text_bits or self.text_bits
         new = copy.copy(self)
-        new.storage = self.storage.quantized(self.place.stored, text, Affine(bits, group_size))
-        new.undo, new._ahead = Buffer(text), None
+        in_window = Affine(text, group_size) if text else own
+        new.storage = self.storage.quantized(self.place.stored, in_window, own)
+        new.undo, new._ahead = Buffer(in_window), None
         if self.undo.planes:
-            new.undo.planes = text.encode(*self.undo.planes)
+            new.undo.planes = in_window.encode(*self.undo.planes)
         return new

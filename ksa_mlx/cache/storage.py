@@ -20,7 +20,7 @@ Held: TypeAlias = Any  # keys or values: an array, or (packed, scales, biases)
 class Plain:
     """Keys and values as they come."""
 
-    bits = group_size = 0
+    bits = value_bits = group_size = 0
 
     def encode(self, keys: mx.array, values: mx.array) -> Planes:
         return [keys, values]
@@ -41,13 +41,13 @@ class Plain:
 
 
 class Affine:
-    """Keys and values in mlx's affine format.
+    """Keys and values in mlx's affine format, the values in `value_bits` if not in `bits` too.
 
     Raises ValueError for a head_dim that is no multiple of the group size.
     """
 
-    def __init__(self, bits: int, group_size: int):
-        self.bits, self.group_size = bits, group_size
+    def __init__(self, bits: int, group_size: int, value_bits: int | None = None):
+        self.bits, self.group_size, self.value_bits = bits, group_size, value_bits or bits
 
     def encode(self, keys: mx.array, values: mx.array) -> Planes:
         if keys.shape[-1] % self.group_size:
@@ -55,20 +55,18 @@ class Affine:
                 f"kv group size: found {self.group_size}, expected a divisor of "
                 f"head_dim = {keys.shape[-1]}"
             )
-        size, bits = self.group_size, self.bits
-        return [*mx.quantize(keys, size, bits), *mx.quantize(values, size, bits)]
+        size = self.group_size
+        return [*mx.quantize(keys, size, self.bits), *mx.quantize(values, size, self.value_bits)]
 
     def decode(self, planes: Planes) -> tuple[mx.array, mx.array]:
         keys, values = self.pair(planes)
-        return self._plain(keys), self._plain(values)
-
-    def _plain(self, x: Held) -> mx.array:
-        return mx.dequantize(*x, group_size=self.group_size, bits=self.bits)
+        size = self.group_size
+        return mx.dequantize(*keys, size, self.bits), mx.dequantize(*values, size, self.value_bits)
 
     def pair(self, planes: Planes) -> tuple[Held, Held]:
         return tuple(planes[:3]), tuple(planes[3:])
 
-    def _times(self, x: mx.array, held: Held, transpose: bool) -> mx.array:
+    def _times(self, x: mx.array, held: Held, transpose: bool, bits: int) -> mx.array:
         packed, scales, biases = held
         return mx.quantized_matmul(
             x,
@@ -77,14 +75,14 @@ class Affine:
             biases[:, :, None],
             transpose=transpose,
             group_size=self.group_size,
-            bits=self.bits,
+            bits=bits,
         )
 
     def scores(self, queries: mx.array, keys: Held) -> mx.array:
-        return self._times(queries, keys, True)
+        return self._times(queries, keys, True, self.bits)
 
     def weigh(self, weights: mx.array, values: Held) -> mx.array:
-        return self._times(weights, values, False)
+        return self._times(weights, values, False, self.value_bits)
 
 
 Form = Plain | Affine
@@ -122,7 +120,9 @@ def segments_of(cache: Any) -> list[Segment]:
     """What a cache's last token sees, of ours or of mlx-lm's KVCache or QuantizedKVCache."""
     if hasattr(cache, "visible"):
         return cache.visible
-    form = Affine(cache.bits, cache.group_size) if hasattr(cache, "bits") else PLAIN
+    form: Form = PLAIN
+    if hasattr(cache, "bits"):
+        form = Affine(cache.bits, cache.group_size, getattr(cache, "value_bits", None))
     return [Segment(cache.keys, cache.values, 0, cache.offset, form)]
 
 

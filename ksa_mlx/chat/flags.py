@@ -13,6 +13,8 @@ from mlx_lm.generate import setup_arg_parser
 
 from ..errors import SessionError
 from ..memory.room import parse_size
+from ..stock.flags import LIMITS as KV
+from ..stock.flags import add_kv, flag
 
 # Flags of mlx-lm's that mean nothing here, and why.
 MEANINGLESS = {
@@ -36,15 +38,13 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda n: 0 <= n < 2**64, "at least 0 and less than 2**64"),
     "prefill_step_size": (lambda n: n >= 1, "at least 1"),
     "num_draft_tokens": (lambda n: n >= 1, "at least 1"),
-    "quantized_kv_start": (lambda n: n >= 0, "at least 0"),
-    "kv_bits": (lambda n: n in (2, 3, 4, 5, 6, 8), "2, 3, 4, 5, 6 or 8"),
-    "kv_text_bits": (lambda n: n in (2, 3, 4, 5, 6, 8), "2, 3, 4, 5, 6 or 8"),
-    "kv_group_size": (lambda n: n in (32, 64, 128), "32, 64 or 128"),
+    **KV,
 }
 
 # Flags that mean something beside another one only.
 NEEDS = {
     "kv_text_bits": "kv_bits",
+    "kv_value_bits": "kv_bits",
     "kv_group_size": "kv_bits",
     "quantized_kv_start": "kv_bits",
     "num_draft_tokens": "draft_model",
@@ -109,11 +109,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--draft-model", help="A smaller model (KSA or plain) that proposes tokens: same answer."
     )
-    p.add_argument(
-        "--kv-text-bits",
-        type=int,
-        help="Those of the text in the windows, where a few more bits cost little (--kv-bits).",
-    )
+    add_kv(p)
     p.add_argument(
         "--memory-limit",
         type=parse_size,
@@ -135,11 +131,6 @@ def parser() -> argparse.ArgumentParser:
     for name in MEANINGLESS:
         p.add_argument(flag(name), nargs="*", help=argparse.SUPPRESS)
     return p
-
-
-def flag(name: str) -> str:
-    """The flag that an argument comes from."""
-    return f"--{name.replace('_', '-')}"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -28,12 +28,17 @@ def read(
         tokens: text ids.
         longest: tokens a step at most.
         quantize: arguments of mlx-lm's `maybe_quantize_kv_cache`, for the first reader's caches.
+            No step goes across the token from which on they are quantised, so that nothing depends
+            on the steps.
     """
     done, size = 0, min(FIRST, longest)
+    if quantize:
+        maybe_quantize_kv_cache(readers[0][1], **quantize)
     yield done
     with wired_limit(readers[0][0]):
         while done < len(tokens):
-            part = mx.array([tokens[done : done + size]])
+            to_go = quantize["quantized_kv_start"] - readers[0][1][0].offset if quantize else 0
+            part = mx.array([tokens[done : done + (min(size, to_go) if to_go > 0 else size)]])
             begin = time.perf_counter()
             with mx.stream(generation_stream):
                 for model, cache in readers:

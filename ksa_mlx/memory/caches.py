@@ -29,8 +29,9 @@ class Quantised(NamedTuple):
 class Held(NamedTuple):
     """Bytes of one sequence's caches.
 
-    now: at the end. most: at any time, each layer at its own worst. padded: those of `most` that a
-    batch holds for every sequence as for its longest one. largest: of one layer.
+    now: at the end. most: at any time, each layer at its own worst. padded: those of `most` that
+    mlx-lm's batches hold for every sequence as for its longest one; ours pad nothing. largest: of
+    one layer.
     """
 
     now: int
@@ -88,7 +89,7 @@ class Sizes:
             *_, last = along = list(self._along(*self.caches[kind], prompt, answer))
             now += layers * last
             most += layers * max(along)
-            if kind[0] is not RollingSummaryCache:
+            if not self.ours:
                 padded += layers * max(along)
             largest = max(largest, *along)
         return Held(now, most, padded, largest)

@@ -1,11 +1,44 @@
-"""The server's flags that mlx-lm's own does not have."""
+"""The server's flags that mlx-lm's own does not have, and what those of the KV cache may be."""
 
 import argparse
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+from ..errors import KSAError
 from ..memory.room import parse_size
+
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+def _one_of(*values: int) -> tuple[Callable[[Any], bool], str]:
+    *most, last = values
+    return lambda n: n in values, f"{', '.join(map(str, most))} or {last}"
+
+
+# What a flag's value must be.
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "kv_bits": _one_of(*BITS),
+    "kv_text_bits": _one_of(*BITS),
+    "kv_value_bits": _one_of(*BITS),
+    "kv_group_size": _one_of(32, 64, 128),
+    "quantized_kv_start": (lambda n: n >= 0, "at least 0"),
+}
+
+# Flags that mean something beside another one only.
+NEEDS = {"kv_text_bits": "kv_bits", "kv_value_bits": "kv_bits"}
+
+
+def add_kv(parser: argparse.ArgumentParser):
+    """Add the flags that say which parts of a quantised cache have bits of their own."""
+    parser.add_argument(
+        "--kv-text-bits",
+        type=int,
+        help="Those of the text in the windows, where a few more bits cost little (--kv-bits).",
+    )
+    parser.add_argument(
+        "--kv-value-bits", type=int, help="Those of the values, if not of all else (--kv-bits)."
+    )
 
 
 def _memory(parser: argparse.ArgumentParser):
@@ -19,7 +52,23 @@ def _memory(parser: argparse.ArgumentParser):
 
 
 # One function a subject, in the order of the help.
-GROUPS: list[Callable[[argparse.ArgumentParser], None]] = [_memory]
+GROUPS: list[Callable[[argparse.ArgumentParser], None]] = [_memory, add_kv]
+
+
+def flag(name: str) -> str:
+    """The flag that an argument comes from."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check(args: argparse.Namespace):
+    """Raise KSAError for values, and pairs of flags, that make no sense."""
+    for name, (sensible, expected) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not sensible(value):
+            raise KSAError(f"{flag(name)}: found {value}, expected {expected}")
+    for name, other in NEEDS.items():
+        if getattr(args, name) is not None and getattr(args, other) is None:
+            raise KSAError(f"{flag(name)}: needs {flag(other)}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,7 +77,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         for group in GROUPS:
             group(self)
-        return super().parse_args(*args, **kwargs)
+        found = super().parse_args(*args, **kwargs)
+        check(found)
+        return found
 
 
 # What mlx_lm.server is to find under the name of the module.

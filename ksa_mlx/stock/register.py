@@ -17,6 +17,7 @@ from mlx_lm import tokenizer_utils
 from transformers import AutoConfig, Qwen3Config
 
 from .. import model
+from ..cache.full import FullCache, SplitKVCache
 from ..cache.rolling import RollingSummaryCache
 from ..checkpoint import load as checkpoint
 from ..checkpoint.source import read_json
@@ -65,9 +66,9 @@ def text_never_goes_back():
 
 def know_cache():
     """`load_prompt_cache` looks classes up by name in its own module (mlx-lm#80, #1578)."""
-    name = RollingSummaryCache.__name__
-    if not hasattr(mlx_lm.models.cache, name):
-        setattr(mlx_lm.models.cache, name, RollingSummaryCache)
+    for kind in (RollingSummaryCache, FullCache, SplitKVCache):
+        if not hasattr(mlx_lm.models.cache, kind.__name__):
+            setattr(mlx_lm.models.cache, kind.__name__, kind)
 
 
 def know_model():

@@ -1,7 +1,8 @@
 """mlx_lm.server, of which no request can end the service: python -m ksa_mlx server --model FOLDER
 
-All flags are mlx_lm.server's, and so are batching, templates, tools and sampling. What is ours, as
-of mlx-lm 0.32: the prompt cache (`prompt_cache.py`); every field of a request is checked and every
+The flags are mlx_lm.server's and a few more (`flags.py`); templates, tools and sampling are its
+own. What is ours, as of mlx-lm 0.32: the caches of a batch, plain or quantised (`batching.py`); the
+prompt cache (`prompt_cache.py`); every field of a request is checked and every
 fault answered (`requests.py`, `handler.py`); a client that leaves stops its generation
 (`replies.py`); and here a start that cannot serve ends, a fault does not end the generation thread,
 and the end is quiet. The stock command serves a KSA model as well (`mlx_lm.server --model FOLDER
@@ -9,6 +10,7 @@ and the end is quiet. The stock command serves a KSA model as well (`mlx_lm.serv
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import socket
@@ -27,7 +29,8 @@ from ..config import ModelArgs
 from ..errors import KSAError, MemoryLimitError, RequestError, one_line
 from ..memory.caches import Quantised
 from ..memory.room import Room
-from . import flags
+from ..model import Model
+from . import batching, flags
 from .handler import Handler
 from .ids import table_of
 from .prompt_cache import PromptCache
@@ -36,6 +39,24 @@ from .requests import check_against
 
 # An answer without a limit, for a model without a context.
 ENDLESS = 1 << 20
+
+
+class ModelProvider(mlx_lm.server.ModelProvider):
+    """mlx-lm's, whose KSA models make the caches that the flags ask for."""
+
+    def _load(self, *args, **kwargs):
+        super()._load(*args, **kwargs)
+        if isinstance(self.model, Model):
+            self.model.text_bits = self.cli_args.kv_text_bits
+            self.model.value_bits = self.cli_args.kv_value_bits
+
+    def has(self, wanted: Any) -> bool:
+        """Whether that `ModelDescription` is of the model that is loaded."""
+        return self.model_key == (
+            self._model_map.get(wanted.model, wanted.model),
+            self._adapter_map.get(wanted.model, wanted.adapter),
+            self._draft_model_map.get(wanted.draft, wanted.draft),
+        )
 
 
 class ResponseGenerator(mlx_lm.server.ResponseGenerator):
@@ -49,6 +70,10 @@ class ResponseGenerator(mlx_lm.server.ResponseGenerator):
         self._in_flight: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._measured: tuple[Any, Any] = (None, None)
         self._room: Room | None = None
+        # mlx-lm hands its flags of the KV cache to single requests only.
+        mlx_lm.server.BatchGenerator = functools.partial(  # type: ignore[misc,assignment]
+            batching.BatchGenerator, quantize=batching.wanted(args[0].cli_args)
+        )
         super().__init__(*args, **kwargs)  # which starts the thread
 
     def submit(self, request: Any, args: Any, hung_up: Callable[[], bool]) -> Replies:
@@ -153,6 +178,14 @@ class ResponseGenerator(mlx_lm.server.ResponseGenerator):
             raise RequestError(None, str(e), code="insufficient_memory") from None
         self.prompt_cache.keep_within(self._room.limit - need.total)
 
+    def _is_batchable(self, args):
+        """mlx-lm's, but for KSA models also with quantised keys and values."""
+        provider = self.model_provider
+        if self.cli_args.kv_bits is None:
+            return super()._is_batchable(args)
+        ours = isinstance(provider.model, Model) and provider.has(args.model)
+        return ours and provider.is_batchable and args.seed is None
+
     def _make_state_machine(self, model_key, tokenizer, stop_words, *args, **kwargs):
         """Stop words are found by their tokens as before, and in the text by `answer.StopText`."""
         words = [w for w in stop_words if tokenizer.encode(w, add_special_tokens=False)]
@@ -244,6 +277,7 @@ def install():
     """Make mlx_lm.server, in this process, use what is here."""
     ours = {
         "LRUPromptCache": PromptCache,
+        "ModelProvider": ModelProvider,
         "ResponseGenerator": ResponseGenerator,
         "APIHandler": Handler,
         "run": run,
