@@ -1,6 +1,7 @@
 """Quantised keys and values in batches: each row is as it is alone, whenever it comes."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import pytest
@@ -13,6 +14,8 @@ from ksa_mlx.chat import reading
 from ksa_mlx.stock.batching import BatchGenerator, Quantize
 
 from ._models import build, tokens, worst
+from ._server import OURS, serving
+from .soak import KV_GROUP, make_requests, solo_answers
 from .test_splits import roundtrip
 
 SHAPE = {"head_dim": 32, "hidden_size": 64, "summary_sliding_chunk_num": [1, 2000, 3]}
@@ -87,15 +90,15 @@ def batched(model, prompts, counts, quantize, late=2):
     "Quantised KV cache, concurrent clients", "`python -m ksa_mlx server --kv-bits`",
     "works with our command: batched, each row as alone; `mlx_lm.server` serves one after the other",
 )  # fmt: skip
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("start", [0, 30])
+@pytest.mark.quick(2)
+@pytest.mark.parametrize(("start", "bits"), [(0, 4), (30, 8)])
 @pytest.mark.parametrize("name", CASES)
 def test_rows_are_as_alone(name, start, bits):
     """Rows that come before and after quantisation starts, and that reach it in the middle of
     their prompt and of their answer."""
     model, quantize = model_of(name), Quantize(start, bits, 32)
     prompts = [tokens(n, seed=n)[0].tolist() for n in (1, 12, 25, 29, 30, 31, 64)]
-    counts = [20 + i for i in range(len(prompts))]
+    counts = [10 + i for i in range(len(prompts))]
     answers, left = batched(model, prompts, counts, quantize)
     for i, prompt in enumerate(prompts):
         ids, _ = alone(model, prompt, counts[i], quantize)
@@ -106,10 +109,11 @@ def test_rows_are_as_alone(name, start, bits):
                 assert held == bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 20])
 def test_a_rows_numbers_are_those_alone(start):
-    """Every plane of a row's caches, beside others and alone: bit for bit, where one call reads
-    each row's tokens. Projections over other numbers of rows may round otherwise."""
+    """What a row's caches hold, beside others and alone: attention is row by row, and all else
+    differs by what projections over other numbers of rows round otherwise."""
     model, quantize = model_of("full layer inside"), Quantize(start, 4, 32)
     prompts = [tokens(n, seed=n)[0].tolist() for n in (37, 37, 37)]
     _, together = batched(model, prompts, [9] * 3, quantize, late=1)
@@ -119,6 +123,20 @@ def test_a_rows_numbers_are_those_alone(start):
         for (_, x), (_, y) in zip(tree_flatten(c.state), tree_flatten(d.state), strict=True):
             if isinstance(x, mx.array) and x.dtype != mx.uint32:
                 assert worst(x, y) < 1e-4
+
+
+@pytest.mark.slow
+def test_clients_at_once(notebook_models, tmp_path):
+    """The real server batches them, and each gets the answer of its request alone."""
+    asked = [r for r in make_requests(12, 3) if r["max_tokens"] < 40][:6]
+    expected = solo_answers(notebook_models[0], asked, 4)
+    bits = ("--kv-bits", "4", "--kv-group-size", str(KV_GROUP), "--quantized-kv-start", "0")
+    with (
+        serving(OURS, notebook_models[0], tmp_path / "log", *bits) as server,
+        ThreadPoolExecutor(len(asked)) as pool,
+    ):
+        got = list(pool.map(lambda body: server.ask(body, "messages" in body)["text"], asked))
+    assert got == expected
 
 
 def test_nothing_is_padded_or_copied():

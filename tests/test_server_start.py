@@ -40,6 +40,10 @@ def stock_restored(monkeypatch):
         (["--model", "BARE"], "bare: found no tokenizer, such as tokenizer.json"),
         (["--draft-model", "./nosuch"], "--draft-model: ./nosuch: no such file or folder"),
         (["--adapter-path", "./nosuch"], "--adapter-path: ./nosuch: no such folder"),
+        (["--kv-bits", "7"], "--kv-bits: found 7, expected 2, 3, 4, 5, 6 or 8"),
+        (["--kv-bits", "4", "--kv-group-size", "5"], "--kv-group-size: found 5, expected 32, 64"),
+        (["--kv-text-bits", "8"], "--kv-text-bits: needs --kv-bits"),
+        (["--kv-bits", "4", "--kv-value-bits", "1"], "--kv-value-bits: found 1, expected 2, 3"),
         (["--model", "BROKEN", "--port", "0"], "broken/model.safetensors"),
     ],
 )
