@@ -28,7 +28,7 @@ FLOORS = [
     ["memory"],
     ["checkpoint"],
     ["stock", "benchmark"],
-    ["references"],
+    ["references", "report"],
     ["__init__"],  # the package's public names
     ["chat"],
     ["convert", "generate"],

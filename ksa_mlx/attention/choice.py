@@ -223,7 +223,7 @@ def times(
     sound = {n: arm for n, arm in arms.items() if _is_right(key, n, arm, trial, retune)}
     for keys in trial.timed:
         case = key._replace(keys=keys)
-        measured = _measure(case, sound, trial)
+        measured = measure(case, sound, trial.make(case, keys, CHAIN_BYTES))
         _retuned.add((str(case),))
         # Of an arm that is wrong the difference is kept; here only that it was considered.
         kept.keep("milliseconds", str(case), {n: measured.get(n, "not timed") for n in arms})
@@ -238,10 +238,10 @@ def can_time() -> bool:
     return limit - mx.get_active_memory() >= FREE_BYTES
 
 
-def _measure(key: Key, arms: dict[str, Arm], trial: Trial) -> dict[str, float]:
-    """Medians in milliseconds a layer, in turns, of chains: the cost of an evaluation, far more
-    than that of a layer, is shared by all. Python's building of the graph is not timed."""
-    inputs = trial.make(key, key.keys, CHAIN_BYTES)
+def measure(key: Key, arms: Mapping[str, Arm], inputs: Inputs) -> dict[str, float]:
+    """Medians in milliseconds a layer, in turns, of chains through all layers: the cost of an
+    evaluation, far more than that of a layer, is shared by them. Python's building of the graph is
+    not timed. Arms that fail are left out, with a warning."""
 
     def chain(arm: Arm) -> mx.array:
         return functools.reduce(arm, inputs.layers, inputs.queries)

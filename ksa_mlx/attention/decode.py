@@ -127,15 +127,22 @@ def arm(choice: str, queries: mx.array, rows: list[list[Segment]]) -> str:
                 return OPERATIONS
     if choice == "metal":
         return "kernel"
-    quantised = any(bits for bits, _ in formats)
-    untimed = "kernel" if quantised or dim not in metal.VECTOR_DIMS else OPERATIONS
     keys = DECODE.bucket(max(sum(x.stop - x.start for x in segments) for segments in rows))
     shape = dim, kv_heads, heads // kv_heads, length
     key = Key("decode", queries.dtype, *shape, formats, keys, room(len(rows), formats))
-    # Where a simdgroup has no more than 2 rows anyway.
-    few = dim > 128 or heads // kv_heads * length <= 2
-    arms = {name: run for name, run in ARMS.items() if not (few and "rows" in name)}
-    return chosen(key, arms, DECODE, untimed, choice == "retune")
+    return chosen(key, arms_of(key), DECODE, untimed(key), choice == "retune")
+
+
+def arms_of(key: Key) -> dict[str, Arm]:
+    """Those of ARMS that differ here: a simdgroup may have no more than 2 rows anyway."""
+    few = key.head_dim > 128 or key.group * key.rows <= 2
+    return {name: run for name, run in ARMS.items() if not (few and "rows" in name)}
+
+
+def untimed(key: Key) -> str:
+    """What is taken where nothing can be timed."""
+    quantised = any(bits for bits, _ in key.formats)
+    return "kernel" if quantised or key.head_dim not in metal.VECTOR_DIMS else OPERATIONS
 
 
 def _heads(keys: Held) -> int:

@@ -38,16 +38,15 @@ def random(dtype: mx.Dtype, *shapes: tuple, seed: int = 0) -> list[mx.array]:
 
 
 def _decode(key: Key, keys: int, fill: int) -> Inputs:
-    parts = [keys] if len(key.formats) == 1 else [keys - min(TEXT, keys // 2), min(TEXT, keys // 2)]
-    one, n = _nbytes(key, parts), key.sequences
-    layers = max(1, min(LAYERS, int(fill // (one * n)))) if fill else 1
+    one, n = nbytes(key._replace(keys=keys)), key.sequences
+    layers = max(1, min(LAYERS, int(fill // one))) if fill else 1
     # Between them, and at both ends, lies what must not be read.
     gap = 3
     shape = n, key.kv_heads * key.group, key.rows, key.head_dim
     (queries,) = random(key.dtype, shape)
     caches: list[list[Segment]] = [[] for _ in range(layers * n)]
     seen: list[list] = [[] for _ in range(n)]
-    for i, (part, (bits, size)) in enumerate(zip(parts, key.formats, strict=True)):
+    for i, (part, (bits, size)) in enumerate(zip(_parts(key, keys), key.formats, strict=True)):
         slots = len(caches) * (part + gap) + gap
         held = (1, key.kv_heads, slots, key.head_dim)
         form: Form = Affine(bits, size) if bits else PLAIN
@@ -73,13 +72,21 @@ def _decode(key: Key, keys: int, fill: int) -> Inputs:
     return Inputs(queries, rows, mx.concatenate(outputs))
 
 
-def _nbytes(key: Key, parts: list[int]) -> float:
-    """Bytes of the keys and values of one layer."""
+def _parts(key: Key, keys: int) -> list[int]:
+    """Keys of each segment: summaries, then text."""
+    text = min(TEXT, keys // 2)
+    return [keys] if len(key.formats) == 1 else [keys - text, text]
+
+
+def nbytes(key: Key) -> float:
+    """Bytes of the keys and values of one layer, of all sequences."""
     row = [
         key.head_dim * (bits / 8 + 2 * key.dtype.size / size if bits else key.dtype.size)
         for bits, size in key.formats
     ]
-    return sum(2 * key.kv_heads * n * r for n, r in zip(parts, row, strict=True))
+    parts = _parts(key, key.keys)
+    one = sum(2 * key.kv_heads * n * r for n, r in zip(parts, row, strict=True))
+    return one * key.sequences
 
 
 DECODE = Trial(_decode, checked=(61, 1000, 3000), timed=(1024, 4096, 16384))

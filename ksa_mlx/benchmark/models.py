@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import qwen3
 from mlx_lm.models.cache import KVCache
@@ -63,18 +64,22 @@ def ksa_args(shape: str, pure: bool = False) -> ModelArgs:
     return make_args(sizes, [128, 128, 128, 128 if pure else 17408] * blocks)
 
 
-def build(args: ModelArgs, dtype: mx.Dtype) -> tuple[Model, qwen3.Model]:
-    """A random KSA model and mlx-lm's Qwen3 with the same weights."""
+def build(args: ModelArgs, dtype: mx.Dtype, bits: int | None = None) -> tuple[Model, qwen3.Model]:
+    """A random KSA model and mlx-lm's Qwen3 with the same weights, quantised to `bits` if given."""
     ksa = Model(args)
     ksa.update(tree_map(lambda w: w.astype(dtype), ksa.parameters()))
     shared = {k: getattr(args, k) for k in qwen3.ModelArgs.__dataclass_fields__ if hasattr(args, k)}
     shared.update(model_type="qwen3", vocab_size=args.summary_token_begin)
     full = qwen3.Model(qwen3.ModelArgs(**shared))
+    if bits:
+        for model in (ksa, full):
+            nn.quantize(model, 64, bits)
     weights = dict(tree_flatten(ksa.parameters()))
     full.load_weights([(name, w) for name, w in weights.items() if "summary" not in name])
     ksa.eval()
     full.eval()
-    mx.eval(ksa.parameters(), full.parameters())
+    for weight in weights.values():  # one by one: all at once they are held before rounding
+        mx.eval(weight)
     return ksa, full
 
 

@@ -1,0 +1,1 @@
+"""What a machine makes of this package, in one text to paste: `python -m ksa_mlx report`."""
