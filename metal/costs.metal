@@ -33,7 +33,7 @@ for (int i = 0; i < rounds[0]; i++) {
     } else if (OP == 4) {
       x = simd_broadcast(x, static_cast<ushort>(j));
     } else if (OP == 5) {
-      x = fast::exp2(x);
+      x = fast::exp2(-x);
     } else if (OP == 6) {
       bits = as_type<uint>(static_cast<float>(bits));
     } else if (OP == 7) {

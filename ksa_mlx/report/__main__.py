@@ -18,7 +18,7 @@ from ..benchmark.results import check_file
 from ..checkpoint.source import open_source
 from ..errors import KSAError, one_line
 from . import apart, kernels, models, reference
-from .paper import Paper
+from .paper import Paper, wrapped
 from .stage import Options, here
 from .stages import STAGES
 
@@ -71,9 +71,9 @@ def decides(paper: Paper, metal: bool) -> list[str]:
     if not metal:
         return ["no Metal here: kernels were not run, times are of a CPU", *lines]
     chosen = [
-        f"{case} {x[keys][0]}"
+        f"{case.removeprefix('decode, ').removesuffix(', rows 1')} {x[keys][0]}"
         for case, x in paper.found.get("choice", {}).items()
-        for keys in ("16384 keys", "512 rows")
+        for keys in ("16384", "512 rows")
         if isinstance(x.get(keys), list)
     ]
     return [
@@ -85,7 +85,7 @@ def decides(paper: Paper, metal: bool) -> list[str]:
         f"prefill, kernel / operations: {ratio('prefill', 'bf16, 2048 rows on 17408 keys')}",
         *lines[1:],
         f"with MLX_MAX_OPS_PER_BUFFER=1000: {place('raised')}",
-        f"chosen: {'; '.join(chosen) or 'not measured'}",
+        f"chosen at 16384 keys: {'; '.join(chosen) or 'not measured'}",
     ]
 
 
@@ -101,18 +101,21 @@ def report(options: Options, paper: Paper, minutes: float):
         if left < 5:
             paper.say("  no time was left")
             continue
+        until_line = len(paper.lines) + stage.most
         for case, found in apart.run(stage, options, min(stage.seconds, left)):
             paper.note(stage.name, case, found)
             line = f"{case}: {found['error']}" if "error" in found else stage.line(case, found)
-            paper.say(*([f"  {line}"] if line else []))
-            paper.say(*(f"  ! {x}" for x in found.get("warnings", ())))
+            said = [f"  {line}"] if line else []
+            said += [f"  ! {x}" for x in found.get("warnings", ())]
+            paper.say(*said, until=until_line)
         paper.say(*(f"  {line}" for line in stage.end(paper.found.get(stage.name, {}))))
         paper.keep(top(paper, options))
     paper.say("", f"{time.monotonic() - began:.0f} s in all")
 
 
 def top(paper: Paper, options: Options) -> list[str]:
-    return ["What decides:", *(f"  {line}" for line in decides(paper, options.metal))]
+    said = decides(paper, options.metal)
+    return ["What decides:", *(part for line in said for part in wrapped(f"  {line}"))]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ SETTLING = 30  # seconds that a process may take to start, beside its first case
 def run(stage: Stage, options: Options, seconds: float) -> Iterator[tuple[str, Found]]:
     """Names of cases and what they found, as they come; {"error": line} for what failed.
 
-    Without Metal nothing is dangerous: what there is runs here, as a process takes seconds to start.
+    Without Metal nothing is dangerous: what there is runs here, as processes take seconds to start.
     """
     if options.metal:
         yield from run_apart(stage, options, seconds)

@@ -158,7 +158,7 @@ def timed_line(case: str, found: Found) -> str:
         return f"{case}: {found.get('error', 'nothing runs')}"
 
     def said(name: str, took: float) -> str:
-        work = f"{found['flops'] / took / 1e9:.2f} TFLOPS" if "flops" in found else (
+        work = f"{found['flops'] / took / 1e9:.1f} TFLOPS" if "flops" in found else (
             f"{found['bytes'] / took / 1e6:.0f} GB/s")  # fmt: skip
         return (
             f"{name} {took * 1e3:.0f} us ({work})"
@@ -170,9 +170,9 @@ def timed_line(case: str, found: Found) -> str:
     if kernel:
         parts.append(said(*kernel))
         if (times := ratio(found)) is not None:
-            parts.append(f"kernel / operations {times:.2f}")
+            parts[-1] += f": {times:.2f}"
     if "causal" in found:
-        parts.append(said("plain causal", found["causal"]))
+        parts.append(said("causal", found["causal"]))
     return f"{case}: " + ", ".join(parts)
 
 
@@ -217,7 +217,7 @@ def chosen(rows: int, form: str) -> Found:
     for keys in trial.DECODE.timed:
         key = key_of(mx.bfloat16, DIM, rows, form, keys)
         taken = choice.chosen(key, arms_of(key), trial.DECODE, decode.untimed(key), True)
-        found[f"{keys} keys"] = [taken, record.here().find("milliseconds", str(key)) or {}]
+        found[str(keys)] = [taken, record.here().find("milliseconds", str(key)) or {}]
     return found
 
 
@@ -253,7 +253,7 @@ def choice_line(case: str, found: Found) -> str:
             times = ratio({"ms": {k: v for k, v in x[1].items() if not isinstance(v, str)}})
             parts.append(f"{name} {x[0]}" + (f" ({times:.2f})" if times else " (untimed)"))
         else:
-            parts.append(f"off by {x:.1e} at {name} keys" if not isinstance(x, str) else x)
+            parts.append(f"{name} {x}" if isinstance(x, str) else f"{name} off by {x:.1e}")
     return f"{case}: " + ", ".join(parts)
 
 
@@ -265,11 +265,24 @@ RIGHT = Stage(
     right_lines,
     seconds=150,
     case_seconds=10,
+    most=8,
 )
 DECODE = Stage(
-    "decode", "Decode, one windowed layer of the 4B's shape", decode_cases, timed_line, seconds=60
+    "decode",
+    "Decode, one windowed layer of the 4B's shape (kernel: its time / that of operations)",
+    decode_cases,
+    timed_line,
+    seconds=60,
+    most=22,
 )
-PREFILL = Stage("prefill", "Prefill, the same layer", prefill_cases, timed_line, seconds=40)
+PREFILL = Stage(
+    "prefill", "Prefill, the same layer, beside as many causal keys", prefill_cases, timed_line,
+    seconds=40,
+)  # fmt: skip
 CHOICE = Stage(
-    "choice", "Chosen by itself (kernel / operations)", choice_cases, choice_line, seconds=45
+    "choice",
+    "Chosen by itself, at so many keys (kernel / operations)",
+    choice_cases,
+    choice_line,
+    seconds=45,
 )

@@ -119,10 +119,10 @@ def line(case: str, found: Found) -> str:
     if "error" in found:
         return f"{case}: {found['error']}"
     ksa, qwen3 = found["ksa"], found["qwen3"]
-    where = " / ".join(f"{name} {verdict(found['in_place'][name])}" for name in NAMES)
+    where = " / ".join(verdict(found["in_place"][name]) for name in NAMES)
     building, handing = (f"{ksa[what]:.1f} / {qwen3[what]:.1f}" for what in ("build", "hand over"))
     return (
-        f"{case}: ksa {ksa['step']:.1f} ms (mean {ksa['mean']:.1f}), qwen3 {qwen3['step']:.1f} ms; "
+        f"{case}: {ksa['step']:.1f} (mean {ksa['mean']:.1f}) / {qwen3['step']:.1f}; "
         f"to build {building}, to hand over {handing}; {where}"
     )
 
@@ -145,8 +145,8 @@ def raised_cases(options: Options) -> Cases:
 def raised_line(case: str, found: Found) -> str:
     if "error" in found:
         return f"{case}: {found['error']}"
-    parts = (f"{name} {verdict(found[name])}, {found[name]['ms']:.1f} ms" for name in NAMES)
-    return f"{case}: " + "; ".join(parts)
+    parts = (f"{verdict(found[name])}, {found[name]['ms']:.1f} ms" for name in NAMES)
+    return f"{case}: " + " / ".join(parts)
 
 
 # Batches
@@ -179,14 +179,14 @@ def batch_line(case: str, found: Found) -> str:
         return f"{case}: {found['error']}"
     ksa, qwen3 = found["ksa"], found["qwen3"]
     return (
-        f"{case}: ksa {ksa['tokens_s']:.0f} tokens/s, qwen3 {qwen3['tokens_s']:.0f}; "
+        f"{case}: {ksa['tokens_s']:.0f} / {qwen3['tokens_s']:.0f} tokens/s; "
         f"to build {ksa['build']:.1f} / {qwen3['build']:.1f} ms"
     )
 
 
 MODEL = Stage(
     "model",
-    "Decode of a random model, ms a token (the 4B in 4 bit if it has room)",
+    "Decode of random models, ms a token, ksa / qwen3 (the 4B in 4 bit if it has room)",
     cases,
     line,
     seconds=100,
@@ -194,7 +194,7 @@ MODEL = Stage(
 )
 RAISED_LIMITS = Stage(
     "raised",
-    "The same with raised limits of MLX's command buffers",
+    "The same with raised limits of MLX's command buffers, ksa / qwen3",
     raised_cases,
     raised_line,
     seconds=45,
@@ -202,5 +202,10 @@ RAISED_LIMITS = Stage(
     env=RAISED,
 )
 BATCH = Stage(
-    "batch", "Batches in different phases", batch_cases, batch_line, seconds=60, case_seconds=45
+    "batch",
+    "Batches in different phases, ksa / qwen3",
+    batch_cases,
+    batch_line,
+    seconds=60,
+    case_seconds=45,
 )

@@ -12,6 +12,10 @@ LINES = 120  # that a report has at most
 WIDTH = 100
 
 
+def wrapped(line: str) -> list[str]:
+    return textwrap.wrap(line, WIDTH, subsequent_indent="    ") or [""]
+
+
 class Paper:
     """Lines that appear at once, and in PATH.txt, below what decides; figures in PATH.json.
 
@@ -31,11 +35,11 @@ class Paper:
         self.found: dict[str, dict[str, Found]] = {}
         self._left_out = 0
 
-    def say(self, *lines: str):
-        """Print lines, cut to the width, as long as there is room."""
+    def say(self, *lines: str, until: int | None = None):
+        """Print lines, cut to the width, as long as there is room: up to line `until`, if given."""
         for line in lines:
-            for part in textwrap.wrap(line, WIDTH, subsequent_indent="    ") or [""]:
-                if len(self.lines) >= self.room:
+            for part in wrapped(line):
+                if len(self.lines) >= min(self.room, until or self.room):
                     self._left_out += 1
                     continue
                 self.lines.append(part)
@@ -48,7 +52,7 @@ class Paper:
         """Write both files as of now, with these lines on top."""
         left = [f"({self._left_out} more lines: see the JSON)"] if self._left_out else []
         with replaced(self.text) as part:
-            part.write_text("\n".join([*top, "", *self.lines, *left]) + "\n", encoding="utf-8")
+            part.write_text("\n".join([*top, *self.lines, *left]) + "\n", encoding="utf-8")
         with replaced(self.figures) as part:
             part.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
 

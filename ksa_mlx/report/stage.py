@@ -57,7 +57,7 @@ class Stage:
     cases: what it measures, by name; empty where it has nothing to do. line: of one case, as soon
     as it is measured; None: no line. end: lines about all of them. seconds: its limit;
     case_seconds: that of a case, after which its process is ended and the next one is tried. env:
-    variables of that process.
+    variables of that process. most: lines about its cases.
     """
 
     name: str
@@ -68,3 +68,4 @@ class Stage:
     seconds: float = 60
     case_seconds: float = 20
     env: dict[str, str] = field(default_factory=dict)
+    most: int = 12
