@@ -405,7 +405,7 @@ def test_what_is_chosen(small, monkeypatch):
     cases = kernels.choice_cases(MAC)
     attention = cases["MLX's attention"]()
     assert list(attention) == ["64"] and "off by" in kernels.choice_line("x", attention)
-    found = cases["decode, 4 bit, rows 1"]()
+    found = cases["decode, plain, rows 1"]()
     assert list(found) == ["64", "128"]
     for name, milliseconds in found.values():
         assert name in decode.ARMS and set(milliseconds) <= set(decode.ARMS)
