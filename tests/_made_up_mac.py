@@ -1,10 +1,20 @@
 """A Mac that does not exist, for the report's tests and the example in docs/report.md.
 
-Its figures follow from a few round numbers below. None was measured.
+Its figures follow from a few round numbers below. None was measured. After a change of the report's
+form, `python -m tests._made_up_mac` writes the example anew.
 """
 
+import tempfile
+from pathlib import Path
+from unittest import mock
+
 from ksa_mlx.attention import trial
+from ksa_mlx.report import __main__ as report
 from ksa_mlx.report import costs, kernels
+from ksa_mlx.report.stage import Options
+
+PAGE = Path(__file__).parent.parent / "docs" / "report.md"
+MAC = Options(True, 30 << 30)
 
 READ = 310.0  # GB/s
 TFLOPS = {"float16": 14.1, "bfloat16": 14.0, "float32": 7.2}
@@ -123,3 +133,26 @@ def failing(stage, options, seconds):
     for case in stage.cases(options):
         fault = {"error": "its process ended with SIGABRT: no GPU"}
         yield case, found(stage.name, case) if stage.name == "who" else fault
+
+
+def parts():
+    """The page before its example, the example, and the page behind."""
+    before, example, behind = PAGE.read_text(encoding="utf-8").split("```")
+    return before, example.removeprefix("\n"), behind
+
+
+def main():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(report, "here", lambda model: MAC),
+        mock.patch.object(report.apart, "run", run),
+        mock.patch.object(report.time, "monotonic", clock()),
+    ):
+        report.main(["--out", f"{folder}/x"])
+        text = Path(folder, "x.txt").read_text(encoding="utf-8")
+    before, _, behind = parts()
+    PAGE.write_text(f"{before}```\n{text}```{behind}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -225,6 +225,7 @@ def times(
         case = key._replace(keys=keys)
         measured = measure(case, sound, trial.make(case, keys, CHAIN_BYTES))
         _retuned.add((str(case),))
+        mx.clear_cache()  # the chain's keys are not needed again
         # Of an arm that is wrong the difference is kept; here only that it was considered.
         kept.keep("milliseconds", str(case), {n: measured.get(n, "not timed") for n in arms})
     return times(key, arms, trial)

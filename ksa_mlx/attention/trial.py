@@ -12,6 +12,8 @@ from .plan import Step
 
 # Text slots of a windowed layer of the released model; what lies before them is summaries.
 TEXT = 1032
+# Slots of a chain that differ: time does not depend on values, and making many takes memory.
+BLOCK = 4096
 # Layers of a chain at most: short caches do not fill the bytes, and need not.
 LAYERS = 64
 
@@ -48,9 +50,12 @@ def _decode(key: Key, keys: int, fill: int) -> Inputs:
     seen: list[list] = [[] for _ in range(n)]
     for i, (part, (bits, size)) in enumerate(zip(_parts(key, keys), key.formats, strict=True)):
         slots = len(caches) * (part + gap) + gap
-        held = (1, key.kv_heads, slots, key.head_dim)
+        block = min(BLOCK, slots) if fill else slots
+        held = (1, key.kv_heads, block, key.head_dim)
         form: Form = Affine(bits, size) if bits else PLAIN
         planes = form.encode(*random(key.dtype, held, held, seed=i + 1))
+        if block < slots:
+            planes = [mx.tile(x, (1, 1, -(-slots // block), 1)) for x in planes]
         for at, into in enumerate(caches):
             start = gap + at * (part + gap)
             into.append(Segment(*form.pair(planes), start, start + part, form))

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..attention import metal
 from ..attention.choice import OPERATIONS
 from ..benchmark.results import check_file
 from ..checkpoint.source import open_source
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def decides(paper: Paper, metal: bool) -> list[str]:
+def decides(paper: Paper, on_metal: bool) -> list[str]:
     """The few numbers that decide, as far as they were measured."""
 
     def ratio(stage: str, case: str) -> str:
@@ -68,7 +69,7 @@ def decides(paper: Paper, metal: bool) -> list[str]:
         f"an operation in a row: {number('{:.2f} us', 'machine', 'launches', 'us')}",
         f"caches appended: {place('model')}",
     ]
-    if not metal:
+    if not on_metal:
         return ["no Metal here: kernels were not run, times are of a CPU", *lines]
     chosen = [
         f"{case.removeprefix('decode, ').removesuffix(', rows 1')} {x[keys][0]}"
@@ -122,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parser().parse_args(argv)
     try:
+        metal.wanted()  # refuses a KSA_MLX_KERNELS that says nothing
         if not 0 < args.minutes <= 60:
             raise KSAError(f"--minutes: found {args.minutes:g}, expected more than 0, at most 60")
         path = Path(args.out)

@@ -20,8 +20,16 @@ FORMS = {
 KV_HEADS, GROUP, DIM = 8, 4, 128
 
 
-def key_of(dtype: mx.Dtype, dim: int, rows: int, form: str, keys: int = 0, name: str = "decode"):
-    return Key(name, dtype, dim, KV_HEADS, GROUP, rows, FORMS[form], keys)
+def key_of(
+    dtype: mx.Dtype,
+    dim: int,
+    rows: int,
+    form: str,
+    keys: int = 0,
+    name: str = "decode",
+    sequences: int = 1,
+) -> Key:
+    return Key(name, dtype, dim, KV_HEADS, GROUP, rows, FORMS[form], keys, sequences)
 
 
 def arms_of(key: Key) -> Mapping[str, Arm]:
@@ -44,6 +52,7 @@ def variants() -> dict[str, tuple[Key, str, Arm, Trial]]:
             if name != OPERATIONS:
                 what = f"{key.kernel} {name}, {short(key.dtype)}, head_dim {key.head_dim}"
                 case = f"{what}, {form}, rows {key.rows}"
+                case += f", {key.sequences} sequences" * (key.sequences > 1)
                 made[case] = key, name, arm, tried
 
     bf16, dims = mx.bfloat16, sorted(metal.HEAD_DIMS, key=lambda dim: dim != DIM)
@@ -57,6 +66,8 @@ def variants() -> dict[str, tuple[Key, str, Arm, Trial]]:
             for form in ("plain", "4 bit"):
                 if dim % 64 == 0 or form == "plain":
                     add(key_of(dtype, dim, 1, form), trial.DECODE, form)
+    for form, sequences in (("plain", 2), ("plain", 8), ("4 bit", 2)):
+        add(key_of(bf16, DIM, 1, form, sequences=sequences), trial.DECODE, form)
     for dim in dims:
         for rows in (4, 8):
             add(key_of(bf16, dim, rows, "plain"), trial.DECODE, "plain")

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache
 
-from ..benchmark.models import build, filled, held_bytes, ksa_args
+from ..benchmark.models import build, filled, ksa_args
 from ..benchmark.timing import size
 from ..cache.make import make_cache
 from .stage import Cases, Found, Options, Stage
@@ -97,13 +97,14 @@ def decode(options: Options, n: int, steps: int) -> Found:
 
 
 def contexts(options: Options) -> list[int]:
-    """Those whose caches have room."""
+    """Those whose caches have room: a half more than those of full attention for both models."""
     shape, dtype, _ = shape_of(options)
     if not options.metal:
         return [1024, 8192]
-    weights = 3 << 30 if shape == "4b" else 1 << 28
+    args, weights = ksa_args(shape), 3 << 30 if shape == "4b" else 1 << 28
+    row = 2 * args.num_key_value_heads * args.head_dim * dtype.size * args.num_hidden_layers
     room = 0.7 * options.memory - weights
-    return [n for n in (1024, 16384, 65536) if sum(held_bytes(shape, n, dtype).values()) <= room]
+    return [n for n in (1024, 16384, 65536) if 1.5 * n * row <= room]
 
 
 def cases(options: Options) -> Cases:

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from ..cache.make import make_cache
 from ..checkpoint.load import load
 from ..errors import KSAError
+from ..memory.caches import Sizes
 from .stage import Cases, Found, Options, Stage
 
 FILE = Path(__file__).with_name("greedy.json")
@@ -115,18 +116,11 @@ def _loaded(folder: str) -> _Loaded:
 _speed: list[float] = []  # tokens a second of the longest case so far
 
 
-def held(args: Any, n: int) -> int:
-    """Bytes of the keys and values of n tokens, in half precision, with room for them to grow."""
-    k, s = args.summary_chunk_size, args.summary_token_num
-    seen = (n if w is None else min(n, (w + 1) * k + n // k * s) for w in args.windows)
-    return int(2.5 * sum(seen) * args.num_key_value_heads * args.head_dim * 2)
-
-
 def run(options: Options, name: str, wanted: list[int]) -> Found:
     """One case, if memory and time allow it."""
     assert options.model is not None
     (model, encode, nbytes), n = _loaded(options.model), tokens(name)
-    if (need := nbytes + held(model.args, n)) > 0.9 * options.memory:
+    if (need := nbytes + Sizes(model).held(n, len(wanted)).most) > 0.9 * options.memory:
         return {"skipped": f"needs {need / 1e9:.0f} GB"}
     if _speed and n / _speed[-1] > SECONDS:
         return {"skipped": f"would take {n / _speed[-1]:.0f} s"}
