@@ -102,6 +102,19 @@ def test_a_crash_leaves_what_was_measured(made_up, tmp_path, monkeypatch, capsys
     assert "multiply-adds" in text and "out of memory" in capsys.readouterr().err
 
 
+def test_an_interruption_leaves_what_was_measured(made_up, tmp_path, monkeypatch, capsys):
+    def run(stage, options, seconds):
+        if stage.name == "costs":
+            raise KeyboardInterrupt
+        return _made_up_mac.run(stage, options, seconds)
+
+    monkeypatch.setattr(report.apart, "run", run)
+    assert report.main(["--out", str(tmp_path / "x")]) == 130
+    out, err = capsys.readouterr()
+    assert "read bandwidth: 310 GB/s" in out and err.startswith("stopped; what was measured")
+    assert (tmp_path / "x.txt").read_text().startswith("What decides:\n  read bandwidth: 310 GB/s")
+
+
 def test_time_runs_out(made_up, tmp_path, monkeypatch, capsys):
     """Stages for which none is left are named, and the rest get no more than there is."""
     given = []
@@ -137,6 +150,7 @@ def test_failures_are_lines(made_up, tmp_path, monkeypatch, capsys):
         (["--out", "none/x"], "--out: none/x.txt: no folder"),
         (["--out", ""], "--out: found ''"),
         (["--model", "none"], "none"),
+        (["--nonsense"], "KSA_MLX_KERNELS: found 'nonsense'"),
         (["--model", str(ROOT / "ksa_mlx" / "notebook")], "expected the released KSA-4B's"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -144,6 +158,9 @@ def test_failures_are_lines(made_up, tmp_path, monkeypatch, capsys):
 def test_what_cannot_be_done_is_one_line(argv, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if argv == ["--nonsense"]:
+        argv = []
+        monkeypatch.setenv("KSA_MLX_KERNELS", "nonsense")
     assert report.main(argv) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1

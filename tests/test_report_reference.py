@@ -3,6 +3,7 @@
 import mlx.core as mx
 import pytest
 
+from ksa_mlx.chat import notebook
 from ksa_mlx.errors import KSAError
 from ksa_mlx.report import reference
 from ksa_mlx.report.stage import Options
@@ -105,6 +106,16 @@ def test_a_stand_in_model(model, monkeypatch):
     assert cases["length-16384"]() == {"skipped": "would take 164 s"}
     little = reference.cases(Options(True, 2 << 20, "folder"))
     assert little["length-130944"]()["skipped"].startswith("needs ")
+
+
+def test_a_folder_is_loaded():
+    """A model and a tokenizer as they are on disk; nothing of a chat around the text."""
+    reference._loaded.cache_clear()
+    model, encode, nbytes = reference._loaded(str(notebook.CHECKPOINT))
+    words = encode("The capital of France is")
+    assert reference.prompt("english", encode) == words and encode("") == []
+    found = reference.compare(model, words, greedy(model, words, 2))
+    assert found["agree"] == 2 and nbytes > 1 << 20
 
 
 def test_other_models_are_refused():

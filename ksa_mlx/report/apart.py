@@ -1,5 +1,6 @@
 """Running a stage, on a Mac in a process of its own, where a hang or a crash costs one case."""
 
+import contextlib
 import json
 import os
 import queue
@@ -117,5 +118,6 @@ class _Child:
     def __exit__(self, *_):
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)  # a GPU that hangs may keep it for longer
         self._errors.close()
