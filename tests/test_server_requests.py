@@ -210,7 +210,7 @@ def mlx_lm_flags(*argv):
     return found[0]
 
 
-def submitted(generator, hung_up=lambda: False, **fields):
+def submitted(generator, hung_up=lambda: False, prompt=(5, 6, 7), **fields):
     args = mlx_lm.server.GenerationArguments(
         model=mlx_lm.server.ModelDescription("default_model", "default_model", None),
         sampling=mlx_lm.server.SamplingArguments(
@@ -236,7 +236,7 @@ def submitted(generator, hung_up=lambda: False, **fields):
             **fields,
         },
     )
-    request = mlx_lm.server.CompletionRequest("text", [5, 6, 7], [], None, None)
+    request = mlx_lm.server.CompletionRequest("text", list(prompt), [], None, None)
     return generator.submit(request, args, hung_up)
 
 

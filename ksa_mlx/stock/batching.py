@@ -10,7 +10,6 @@ read as it is held.
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator as Generator
 from mlx_lm.generate import PromptProcessingBatch
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -18,6 +17,7 @@ from ..cache.batch import BatchRollingSummaryCache, Rows
 from ..cache.full import BatchFullCache
 from ..cache.rolling import RollingSummaryCache
 from ..model import Model
+from .pacing import PacedGenerator
 
 
 class Quantize(NamedTuple):
@@ -41,8 +41,8 @@ def wanted(flags: Any) -> Quantize | None:
     return Quantize(flags.quantized_kv_start, flags.kv_bits, flags.kv_group_size)
 
 
-class BatchGenerator(Generator):
-    """mlx-lm's, with a cache a sequence in every layer of a KSA model.
+class BatchGenerator(PacedGenerator):
+    """Paced as in `pacing.py`, with a cache a sequence in every layer of a KSA model.
 
     Args: model and all keywords as mlx-lm has them; quantize: None for plain keys and values.
     """

@@ -6,8 +6,10 @@ import logging
 import os
 import select
 import socket
+import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -31,6 +33,9 @@ from .requests import Wanted, parse
 
 LARGEST_BODY = 64 << 20
 
+# Seconds without a word after which a stream gets a comment.
+SILENCE = 1.5
+
 CHAT = {"/v1/chat/completions": True, "/chat/completions": True, "/v1/completions": False}
 
 
@@ -44,6 +49,7 @@ class Handler(mlx_lm.server.APIHandler):
     response_generator: Any  # server.ResponseGenerator, which stands above
     timeout = 300  # seconds that a client may be silent for while it sends
     began = False  # whether the status line of an answer is out
+    spoke = 0.0  # when a stream's client heard last
 
     def do_POST(self):
         try:
@@ -84,8 +90,17 @@ class Handler(mlx_lm.server.APIHandler):
 
     def _event(self, body: dict[str, Any] | str):
         data = body if isinstance(body, str) else json.dumps(body)
-        self.wfile.write(f"data: {data}\n\n".encode())
+        self._say(f"data: {data}")
+
+    def _say(self, line: str):
+        """A line of a stream, after its head if it is the first."""
+        if not self.began:
+            self._set_stream_headers(200)
+            self.end_headers()
+            self.began = True
+        self.wfile.write(f"{line}\n\n".encode())
         self.wfile.flush()
+        self.spoke = time.monotonic()
 
     # A request
 
@@ -98,6 +113,7 @@ class Handler(mlx_lm.server.APIHandler):
         self.stream, self.requested_model = wanted.stream, wanted.model
         kind = "chatcmpl" if wanted.chat else "cmpl"
         self.request_id = f"{kind}-{uuid.uuid4()}"
+        self.spoke = time.monotonic()
         if wanted.chat:
             self.object_type = "chat.completion.chunk" if wanted.stream else "chat.completion"
             mlx_lm.server._inline_image_urls(wanted.messages)
@@ -171,11 +187,7 @@ class Handler(mlx_lm.server.APIHandler):
     def _answer(self, sent: list[Any], wanted: Wanted):
         prompt_tokens, cached, tokens, choices, prompts = 0, 0, 0, [], set()
         for index, (replies, args, tools) in enumerate(sent):
-            ctx = replies.context()
-            if self.stream and not self.began:
-                self._set_stream_headers(200)
-                self.end_headers()
-                self.began = True
+            ctx = replies.context(partial(self._sign, replies))
             answer = Answer(ctx, args, tools, self.stream)
             for news in self._pieces(replies, answer):
                 self._event(self._choice(news, index, None, wanted))
@@ -201,7 +213,7 @@ class Handler(mlx_lm.server.APIHandler):
 
     def _pieces(self, replies: Replies, answer: Answer) -> Iterator[Answer]:
         """The answer whenever there is something new to stream."""
-        for gen in replies.tokens(self._keepalive if self.stream else None):
+        for gen in replies.tokens(partial(self._sign, replies)):
             answer.add(gen)
             if answer.why:
                 return
@@ -209,10 +221,10 @@ class Handler(mlx_lm.server.APIHandler):
                 yield answer
                 answer.clear()
 
-    def _keepalive(self, done: int, total: int):
-        """A comment in the stream: long prompts take longer than some clients wait."""
-        self.wfile.write(f": keepalive {done}/{total}\n\n".encode())
-        self.wfile.flush()
+    def _sign(self, replies: Replies):
+        """A comment in a stream that was silent: clients, and what is between, give up."""
+        if self.stream and time.monotonic() - self.spoke > SILENCE:
+            self._say(f": {replies.state}")
 
     def _choice(self, answer: Answer, index: int, why: Any, wanted: Wanted) -> dict[str, Any]:
         """mlx-lm's packet, of one choice."""

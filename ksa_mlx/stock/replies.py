@@ -6,7 +6,8 @@ from typing import Any
 
 from mlx_lm.server import GenerationContext, Response
 
-Progress = Callable[[int, int], None] | None
+# Called a few times a second while something is waited for.
+Tick = Callable[[], None]
 
 
 class HungUp(ConnectionError):
@@ -28,6 +29,7 @@ class Replies(Queue):
         self.answers = self.done = False  # whether the answer has begun, and ended
         self.alone = False  # the generation thread does nothing else meanwhile
         self.ctx: GenerationContext | None = None
+        self.state = "waiting"
 
     def put(self, item: Any, *args, **kwargs):
         if isinstance(item, GenerationContext):
@@ -48,23 +50,31 @@ class Replies(Queue):
         if self.ctx is not None:
             self.ctx.stop()
 
-    def context(self) -> GenerationContext:
-        item = self._take()
+    def context(self, tick: Tick = lambda: None) -> GenerationContext:
+        item = self._take(tick)
         while not isinstance(item, GenerationContext):
-            item = self._take()
+            item = self._take(tick)
+        self._has_read(0, len(item.prompt) - max(item.prompt_cache_count, 0))
         return item
 
-    def tokens(self, progress: Progress = None) -> Iterator[Response]:
-        while (item := self._take()) is not None:
-            if not isinstance(item, tuple):
+    def tokens(self, tick: Tick = lambda: None) -> Iterator[Response]:
+        while (item := self._take(tick)) is not None:
+            if isinstance(item, tuple):
+                self._has_read(*item)
+            else:
+                self.state = "answering"
                 yield item
-            elif progress is not None:
-                progress(*item)
 
-    def _take(self) -> Any:
+    def _has_read(self, done: int, rest: int):
+        """So many tokens of the rest behind what was cached."""
+        cached = max(self.ctx.prompt_cache_count, 0) if self.ctx else 0
+        self.state = f"read {cached + done} of {cached + rest} tokens"
+
+    def _take(self, tick: Tick) -> Any:
         while True:
             if self.hung_up():
                 raise HungUp
+            tick()
             try:
                 item = self.get(timeout=0.25)
             except Empty:
