@@ -65,7 +65,7 @@ def decides(paper: Paper, on_metal: bool) -> list[str]:
         return said[-1] if said else "not measured"
 
     lines = [
-        f"read bandwidth: {number('{:.0f} GB/s', 'machine', 'read', 'gb_s')}",
+        f"read bandwidth: {number('{:.3g} GB/s', 'machine', 'read', 'gb_s')}",
         f"an operation in a row: {number('{:.2f} us', 'machine', 'launches', 'us')}",
         f"caches appended: {place('model')}",
     ]

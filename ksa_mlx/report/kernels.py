@@ -169,8 +169,8 @@ def timed_line(case: str, found: Found) -> str:
         return f"{case}: {found.get('error', 'nothing runs')}"
 
     def said(name: str, took: float) -> str:
-        work = f"{found['flops'] / took / 1e9:.1f} TFLOPS" if "flops" in found else (
-            f"{found['bytes'] / took / 1e6:.0f} GB/s")  # fmt: skip
+        work = f"{found['flops'] / took / 1e9:.3g} TFLOPS" if "flops" in found else (
+            f"{found['bytes'] / took / 1e6:.3g} GB/s")  # fmt: skip
         return (
             f"{name} {took * 1e3:.0f} us ({work})"
             if took < 10
@@ -210,7 +210,7 @@ def prefill_cases(options: Options) -> Cases:
         asked = [(rows, keys) for rows in (512, 2048) for keys in (4096, 17408)]
         dtype = mx.bfloat16
     else:
-        asked, dtype = [(64, 2048)], mx.float32
+        asked, dtype = [(16, 1200)], mx.float32
     return {
         f"{short(dtype)}, {rows} rows on {keys} keys": partial(
             prefilled, key_of(dtype, DIM, rows, "plain", keys, "prefill"), options.metal

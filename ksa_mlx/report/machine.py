@@ -143,9 +143,9 @@ def cases(options: Options) -> Cases:
 
 def lines(found: dict[str, Found]) -> list[str]:
     said = [
-        f"{k} {found[k]['gb_s']:.0f} GB/s" for k in ("read", "copy") if "gb_s" in found.get(k, {})
+        f"{k} {found[k]['gb_s']:.3g} GB/s" for k in ("read", "copy") if "gb_s" in found.get(k, {})
     ]
-    said += [f"{k} {x['tflops']:.2f} TFLOPS" for k, x in found.items() if "tflops" in x]
+    said += [f"{k} {x['tflops']:.3g} TFLOPS" for k, x in found.items() if "tflops" in x]
     if "us" in (x := found.get("launches", {})):
         said.append(
             f"an operation in a row {x['us']:.2f} us, independent {x['independent_us']:.2f}, one "
