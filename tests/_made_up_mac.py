@@ -53,10 +53,13 @@ def times(arms, shape, form, rows=1):
 
 
 def decode(case):
-    dtype, *form, rows, keys = case.split(", ")
-    form, rows, keys = ", ".join(form), int(rows.split()[1]), int(keys.split()[0])
+    dtype, rest = case.split(", ", 1)
+    form, rest = rest.split(", rows ")
+    rows, keys, *more = (int("".join(filter(str.isdigit, part))) for part in rest.split(", "))
+    dim = more[0] if "head_dim" in case else kernels.DIM
+    sequences = more[-1] if "sequences" in case else 1
     dtype = {"bf16": kernels.mx.bfloat16, "f16": kernels.mx.float16}[dtype]
-    key = kernels.key_of(dtype, kernels.DIM, rows, form, keys)
+    key = kernels.key_of(dtype, dim, rows, form, keys, sequences=sequences)
     ms = times(kernels.arms_of(key), key, form, rows)
     return {"ms": ms, "bytes": trial.nbytes(key)}
 

@@ -127,27 +127,29 @@ def timed(key: Key, metal: bool) -> Found:
 
 
 def decode_cases(options: Options) -> Cases:
-    asked = [
-        (dtype, 1, form, keys)
-        for keys in (1024, 3072, 17408, 65536)
-        for dtype, form in (
-            (mx.bfloat16, "plain"),
-            (mx.float16, "plain"),
-            (mx.bfloat16, "8 bit"),
-            (mx.bfloat16, "4 bit"),
-        )
-        if dtype == mx.bfloat16 or keys == 17408
-    ]
-    asked += [(mx.bfloat16, rows, form, 17408) for form in ("plain", "4 bit") for rows in (2, 4, 8)]
-    asked.append((mx.bfloat16, 1, "4 bit, text 8", 17408))
     if not options.metal:
-        asked = [(mx.float32, 1, form, 1024) for form in ("plain", "4 bit")]
-    return {
-        f"{short(dtype)}, {form}, rows {rows}, {keys} keys": partial(
-            timed, key_of(dtype, DIM, rows, form, keys), options.metal
-        )
-        for dtype, rows, form, keys in asked
-    }
+        keys = [key_of(mx.float32, DIM, 1, form, 1024) for form in ("plain", "4 bit")]
+        return {decode_name(key): partial(timed, key, False) for key in keys}
+    bf16, long = mx.bfloat16, 17408
+    keys = [
+        key_of(bf16, DIM, 1, form, n)
+        for n in (1024, 3072, long, 65536)
+        for form in ("plain", "8 bit", "4 bit")
+    ]
+    keys += [key_of(mx.float16, DIM, 1, "plain", long), key_of(bf16, DIM, 1, "4 bit, text 8", long)]
+    keys += [
+        key_of(bf16, DIM, rows, form, long) for form in ("plain", "4 bit") for rows in (2, 4, 8)
+    ]
+    keys += [key_of(bf16, dim, 1, "plain", 4096) for dim in (80, 256)]
+    keys.append(key_of(bf16, DIM, 1, "plain", 4096, sequences=8))
+    return {decode_name(key): partial(timed, key, True) for key in keys}
+
+
+def decode_name(key: Key) -> str:
+    form = next(name for name, forms in FORMS.items() if forms == key.formats)
+    name = f"{short(key.dtype)}, {form}, rows {key.rows}, {key.keys} keys"
+    name += f", head_dim {key.head_dim}" * (key.head_dim != DIM)
+    return name + f", {key.sequences} sequences" * (key.sequences > 1)
 
 
 def best(ms: Mapping[str, float]) -> tuple[str, float] | None:
@@ -177,7 +179,7 @@ def timed_line(case: str, found: Found) -> str:
             else f"{name} {took:.1f} ms ({work})"
         )
 
-    parts = [said(OPERATIONS, ms[OPERATIONS])] if OPERATIONS in ms else []
+    parts = [said("MLX", ms[OPERATIONS])] if OPERATIONS in ms else []
     if kernel:
         parts.append(said(*kernel))
         if (times := ratio(found)) is not None:
@@ -280,11 +282,11 @@ RIGHT = Stage(
 )
 DECODE = Stage(
     "decode",
-    "Decode, one windowed layer of the 4B's shape (kernel: its time / that of operations)",
+    "Decode, one windowed layer of the 4B's shape: MLX's operations, best kernel: kernel / MLX",
     decode_cases,
     timed_line,
     seconds=60,
-    most=22,
+    most=26,
 )
 PREFILL = Stage(
     "prefill", "Prefill, the same layer, beside as many causal keys", prefill_cases, timed_line,
