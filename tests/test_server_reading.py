@@ -118,6 +118,12 @@ def lines(response, until: str):
 READ = re.compile(r": read (\d+) of (\d+) tokens")
 
 
+@pytest.mark.feature(
+    "Server, long prompts",
+    "`python -m ksa_mlx server`",
+    "read in steps of a quarter of a second while answers run; streams hear how far it is, and "
+    "whoever leaves stops it ([server.md](server.md))",
+)
 @pytest.mark.slow
 def test_a_stream_says_how_far_its_prompt_is_read(server):
     begin = time.monotonic()

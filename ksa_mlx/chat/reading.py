@@ -7,8 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache, wired_limit
 
-# Tokens of the first step, and of the shortest one.
-FIRST, SHORTEST = 32, 8
+from ..stock.pacing import Pace
 
 # Seconds that a step is meant to take. It may take twice as long before the next one is shorter.
 SECONDS = 1.0
@@ -31,12 +30,13 @@ def read(
             No step goes across the token from which on they are quantised, so that nothing depends
             on the steps.
     """
-    done, size = 0, min(FIRST, longest)
+    done, pace = 0, Pace()
     if quantize:
         maybe_quantize_kv_cache(readers[0][1], **quantize)
     yield done
     with wired_limit(readers[0][0]):
         while done < len(tokens):
+            size = pace.step(SECONDS, 1, longest)
             to_go = quantize["quantized_kv_start"] - readers[0][1][0].offset if quantize else 0
             part = mx.array([tokens[done : done + (min(size, to_go) if to_go > 0 else size)]])
             begin = time.perf_counter()
@@ -48,8 +48,5 @@ def read(
                 mx.eval([c.state for _, cache in readers for c in cache])
             mx.clear_cache()
             done += part.shape[1]
-            # What would have taken SECONDS, as a power of two: few different shapes.
-            wanted = size * SECONDS / max(time.perf_counter() - begin, 1e-6)
-            size = 1 << max(1, int(wanted)).bit_length() - 1
-            size = min(max(size, SHORTEST), longest)
+            pace.took(part.shape[1], time.perf_counter() - begin)
             yield done
