@@ -7,10 +7,14 @@ from typing import NamedTuple
 import mlx.core as mx
 import pytest
 
-from ksa_mlx.attention import choice, decode, metal, prefill, record, tune
+from ksa_mlx import naive
+from ksa_mlx.attention import choice, decode, metal, prefill, record, trial, tune
+from ksa_mlx.cache.make import make_cache
 from ksa_mlx.checkpoint import load
 from ksa_mlx.errors import KSAError
 
+from . import metal_cpu
+from ._models import build, tokens, worst
 from .test_choice import TRIAL, arms, clock, restart  # noqa: F401  (clock is a fixture)
 
 
@@ -110,3 +114,34 @@ def test_a_nonsense_choice_is_refused_at_load(monkeypatch, notebook_models):
     assert str(refused.value) == (
         "KSA_MLX_KERNELS: found 'fast', expected auto, metal, ops or retune"
     )
+
+
+@pytest.mark.skipif(not metal_cpu.available(), reason=str(metal_cpu.unavailable()))
+def test_the_very_kernels_are_tried(monkeypatch):
+    """In the instrument, as a GPU: all arms of a model are compared and timed, and it runs on."""
+    model, text = build(head_dim=32, summary_sliding_chunk_num=[2, 2000, 2]), tokens(40)
+    exact = naive.forward(model, text)
+    known = record.Record(None, "here")
+    monkeypatch.setattr(record, "here", lambda: known)
+    monkeypatch.setattr(tune, "LENGTHS", (64,))
+    short = choice.Trial(trial.DECODE.make, checked=(61, 300), timed=(64, 128))
+    monkeypatch.setattr(decode, "DECODE", short)
+    monkeypatch.setattr(prefill, "ROWS", 32)
+    monkeypatch.setattr(prefill, "KEYS", 64)
+    once = choice.Trial(trial.PREFILL.make, checked=(61,), timed=(64,))
+    monkeypatch.setattr(prefill, "PREFILL", once)
+    with metal_cpu.running(reload=[metal, choice], check=False) as log, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(choice, "can_time", lambda: True)
+        monkeypatch.setattr(choice, "CHAIN_BYTES", 1)
+        monkeypatch.setattr(choice, "TURNS", 1)
+        tune.prepare(model)
+        kernels, launches = {key.kernel for key, _ in choice.choices()}, len(log.launches)
+        assert kernels == {"decode", "prefill"} and launches > 8
+        assert set(known._found) == {"attention", "difference", "milliseconds"}
+        # Whatever won, it takes the model's own caches, and nothing is tried again.
+        cache = make_cache(model)
+        got = [model(text[:, :30], cache=cache)]
+        got += [model(text[:, i : i + 1], cache=cache) for i in range(30, 40)]
+        assert worst(mx.concatenate(got, axis=1), exact) <= 1e-3
+        assert {key.rows for key, _ in choice.choices()} == {1, 32}
