@@ -44,6 +44,7 @@ def stock_restored(monkeypatch):
         (["--kv-bits", "4", "--kv-group-size", "5"], "--kv-group-size: found 5, expected 32, 64"),
         (["--kv-text-bits", "8"], "--kv-text-bits: needs --kv-bits"),
         (["--kv-bits", "4", "--kv-value-bits", "1"], "--kv-value-bits: found 1, expected 2, 3"),
+        (["--prompt-cache-dir", "FILE"], "--prompt-cache-dir: "),
         (["--model", "BROKEN", "--port", "0"], "broken/model.safetensors"),
     ],
 )
@@ -53,7 +54,7 @@ def test_a_start_that_cannot_serve(notebook_models, tmp_path, capsys, stock_rest
     )
     broken = shutil.copytree(notebook_models[0], tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"x" * 100)
-    places = {"BARE": str(bare), "BROKEN": str(broken)}
+    places = {"BARE": str(bare), "BROKEN": str(broken), "FILE": str(bare / "config.json")}
     flags = [places.get(f, f) for f in flags]
     assert commands.run("server", ["--model", str(notebook_models[0]), *flags]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +42,22 @@ def add_kv(parser: argparse.ArgumentParser):
     )
 
 
+def _prompt_cache(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--prompt-cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="Keep prompt caches in files there, which outlive the server",
+    )
+    parser.add_argument(
+        "--prompt-cache-disk-size",
+        type=parse_size,
+        default=20 * 10**9,
+        metavar="SIZE",
+        help="All files together; those used least recently leave first (default: 20GB)",
+    )
+
+
 def _memory(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--memory-limit",
@@ -52,7 +69,7 @@ def _memory(parser: argparse.ArgumentParser):
 
 
 # One function a subject, in the order of the help.
-GROUPS: list[Callable[[argparse.ArgumentParser], None]] = [_memory, add_kv]
+GROUPS: list[Callable[[argparse.ArgumentParser], None]] = [_prompt_cache, _memory, add_kv]
 
 
 def flag(name: str) -> str:

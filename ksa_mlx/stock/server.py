@@ -2,10 +2,11 @@
 
 The flags are mlx_lm.server's and a few more (`flags.py`); templates, tools and sampling are its
 own. What is ours, as of mlx-lm 0.32: the caches of a batch, plain or quantised (`batching.py`); the
-prompt cache (`prompt_cache.py`); every field of a request is checked and every
-fault answered (`requests.py`, `handler.py`); a client that leaves stops its generation
-(`replies.py`); and here a start that cannot serve ends, a fault does not end the generation thread,
-and the end is quiet. The stock command serves a KSA model as well (`mlx_lm.server --model FOLDER
+prompt cache (`prompt_cache.py`), in files too (`disk.py`); every field of a request is checked and
+every fault answered (`requests.py`, `handler.py`); a client that leaves stops its generation
+(`replies.py`); and here a start that cannot serve ends, what does not fit in memory is refused, a
+fault does not end the generation thread, and the end is quiet. The stock command serves a KSA model
+as well (`mlx_lm.server --model FOLDER
 --trust-remote-code`), without all this.
 """
 
@@ -13,6 +14,7 @@ import dataclasses
 import functools
 import logging
 import os
+import signal
 import socket
 import sys
 import weakref
@@ -31,7 +33,9 @@ from ..memory.caches import Quantised
 from ..memory.room import Room
 from ..model import Model
 from . import batching, flags
+from .disk import Disk
 from .handler import Handler
+from .identity import Identities
 from .ids import table_of
 from .prompt_cache import PromptCache
 from .replies import Replies
@@ -87,6 +91,8 @@ class ResponseGenerator(mlx_lm.server.ResponseGenerator):
     def _run_generate(self):
         try:
             self.model_provider.load_default()
+            if self.model_provider.model is not None:
+                self.prompt_cache.begin(self.model_provider.model_key)
         except Exception as e:
             self.start_error, self._generation_failed = e, True
             return
@@ -219,14 +225,14 @@ def run(
     server_class: type[ThreadingHTTPServer] = _HTTPServer,
     handler_class: type[Handler] = Handler,
 ):
-    """mlx_lm.server's `run`: raises `KSAError` where it cannot serve, and ends at Ctrl-C."""
+    """mlx_lm.server's `run`: raises `KSAError` where it cannot serve, and ends at Ctrl-C or
+    SIGTERM, when what the prompt cache holds is on the disk."""
     adapter = model_provider.cli_args.adapter_path
     if adapter is not None and not Path(adapter).is_dir():
         raise KSAError(f"--adapter-path: {adapter}: no such folder")
     first = mx.distributed.init().rank() == 0
     httpd = _bind(host, port, server_class) if first else None
-    args = model_provider.cli_args
-    cache = PromptCache(args.prompt_cache_size, args.prompt_cache_bytes or 1 << 63)
+    cache = _prompt_cache(model_provider)
     generator = ResponseGenerator(model_provider, cache)
     try:
         generator.started.wait()
@@ -241,12 +247,32 @@ def run(
             generator, *args, system_fingerprint=fingerprint, **kwargs
         )
         httpd.server_activate()
+        signal.signal(signal.SIGTERM, _terminate)
         logging.info(f"Serving at http://{host}:{httpd.server_port}/v1")
         httpd.serve_forever()
-    except KeyboardInterrupt:
-        generator._stop = True
-        generator._generation_thread.join(5)
-        _leave(130)
+    except (KeyboardInterrupt, SystemExit) as e:
+        status = 128 + (signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.SIGTERM)
+        try:
+            generator._stop = True
+            generator._generation_thread.join(5)
+            cache.close()
+        finally:  # also at a second Ctrl-C
+            _leave(status)
+
+
+def _prompt_cache(provider: Any) -> PromptCache:
+    """The prompt cache that the flags ask for."""
+    args, disk = provider.cli_args, None
+    if args.prompt_cache_dir is not None:
+        if mx.distributed.init().size() > 1:
+            raise KSAError("--prompt-cache-dir: not on several machines, whose files may differ")
+        disk = Disk(args.prompt_cache_dir, args.prompt_cache_disk_size)
+    most = args.prompt_cache_bytes or 1 << 63
+    return PromptCache(args.prompt_cache_size, most, disk, Identities(provider))
+
+
+def _terminate(*_: Any):
+    raise SystemExit
 
 
 def _bind(host: str, port: int, server_class: type[ThreadingHTTPServer]) -> ThreadingHTTPServer:
