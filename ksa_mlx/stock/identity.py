@@ -12,7 +12,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from .. import __version__
+from ..cache.rolling import STATE
 
 
 def identity(models: list[Any], tokenizer: Any, flags: dict[str, Any]) -> str:
@@ -26,7 +26,7 @@ def identity(models: list[Any], tokenizer: Any, flags: dict[str, Any]) -> str:
     It is taken of what is in memory, so that adapters, quantisation and a machine's share of the
     weights count as they are. Weights are read once: the sums of each array's rows and columns.
     """
-    digest = hashlib.sha256(f"{__version__} {mlx_lm.__version__} {sorted(flags.items())}".encode())
+    digest = hashlib.sha256(f"{STATE} {mlx_lm.__version__} {sorted(flags.items())}".encode())
     digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
     for model in models:
         args: Any = getattr(model, "args", None)
