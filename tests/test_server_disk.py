@@ -1,14 +1,15 @@
 """python -m ksa_mlx server --prompt-cache-dir: what was read before a restart is not read again."""
 
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from ksa_mlx.chat import notebook
 
-from ._server import OURS, Server
-from .kills import kills
+from ._server import OURS, Server, environment
 
 NOTES = notebook.notes()
 FLAGS = ("--log-level", "WARNING", "--prompt-cache-dir")
@@ -65,6 +66,8 @@ def test_a_restart(notebook_models, tmp_path):
 @pytest.mark.slow
 def test_kills():
     """A few of `python -m tests.kills`."""
-    found = kills(8, seed=1)
-    assert found["faults"] == [] and found["wrong"] == 0
-    assert found["hits"] > 10
+    argv = [sys.executable, "-m", "tests.kills", "--kills", "8", "--seed", "1"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    hits = int(done.stdout.split(" answers, ")[1].split(" from files")[0])
+    assert hits > 10 and ", 0 wrong; faults: 0" in done.stdout
