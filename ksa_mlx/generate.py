@@ -12,44 +12,53 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import transformers
 from mlx.utils import tree_reduce
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from . import __version__
+from .chat.behind import answer_behind
 from .chat.conversation import check_utf8
+from .chat.documents import read_text as read_file
 from .chat.flags import parse
 from .chat.notebook import CHECKPOINT, notes, run_demo, welcome
 from .chat.prompt_cache_file import cache_owner, is_conversation
 from .chat.report import report
-from .chat.session import Session, answer_behind
-from .chat.terminal import chat, read_ahead, references_shown, turn
+from .chat.screen import say, show
+from .chat.session import Session
+from .chat.terminal import chat, header
+from .chat.turns import read_ahead, references_shown, turn
+from .chat.waiting import Waiting
 from .checkpoint.load import load
 from .checkpoint.source import fetch_config
 from .config import is_ksa
 from .errors import KSAError, SessionError, one_line
 
+# Tokens that a chat's cache can take back, for /undo and /again: a question and its answer.
+ROLLBACK = 512
+
 # Seconds to wait for a question in a pipe that nobody has written to.
 PATIENCE = 2
 
 
-def read_text(flag: str, text: str) -> str:
+def text_of(flag: str, text: str) -> str:
     """The text of a flag: itself, standard input for -, or a file for @FILE."""
     if text == "@":
         raise SessionError(f"{flag}: found @, expected @FILE")
     if text != "-" and not text.startswith("@"):
         check_utf8(flag, text)
         return text
+    if text != "-":
+        try:
+            return read_file(Path(text[1:]).expanduser())
+        except SessionError as e:
+            raise SessionError(f"{flag}: {e}") from None
+    if sys.stdin is None:
+        raise SessionError(f"{flag}: standard input is closed")
     try:
-        if text == "-":
-            if sys.stdin is None:
-                raise SessionError(f"{flag}: standard input is closed")
-            return sys.stdin.buffer.read().decode("utf-8")
-        return Path(text[1:]).expanduser().read_text(encoding="utf-8")
+        return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as e:
-        where = "standard input" if text == "-" else text[1:]
-        raise SessionError(f"{flag}: {where} is not UTF-8 at byte {e.start:,}") from None
-    except OSError as e:
-        raise SessionError(f"{flag}: {text[1:]}: {e.strerror}") from None
+        raise SessionError(f"{flag}: standard input is not UTF-8 at byte {e.start:,}") from None
 
 
 def options(args: argparse.Namespace, tokenizer, head_dim: int) -> dict[str, Any]:
@@ -97,7 +106,7 @@ def template_options(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def on_references(args: argparse.Namespace, tokenizer):
+def on_references(args: argparse.Namespace, tokenizer, name: str):
     """What to do with the references of an answer; None without a flag."""
     page = args.references_html
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
@@ -105,7 +114,7 @@ def on_references(args: argparse.Namespace, tokenizer):
         raise SessionError(f"--references-html: {page}: found {found}, expected a file's name")
     if page is None and not args.references:
         return None
-    return references_shown(tokenizer, page, args.references)
+    return references_shown(tokenizer, name, page, args.references)
 
 
 def load_draft(args: argparse.Namespace, tokenizer):
@@ -167,7 +176,9 @@ def load_model(args: argparse.Namespace, name: str):
     return model, tokenizer
 
 
-def open_session(args: argparse.Namespace, name: str, system: str | None) -> Session:
+def open_session(
+    args: argparse.Namespace, name: str, system: str | None, rollback: int = 0
+) -> Session:
     """The model of that name and a conversation with it, as the flags ask for them."""
     template = template_options(args)
     model, tokenizer = load_model(args, name)
@@ -183,8 +194,9 @@ def open_session(args: argparse.Namespace, name: str, system: str | None) -> Ses
         draft_model=load_draft(args, tokenizer),
         text_bits=args.kv_text_bits,
         memory_limit=args.memory_limit,
+        rollback=rollback,
     )
-    session.on_references = on_references(args, tokenizer)
+    session.on_references = on_references(args, tokenizer, name)
     if args.prefill_response is not None and not session.conversation.has_template:
         raise SessionError(
             f"--prefill-response: {name} has no chat template; write it behind the prompt"
@@ -200,10 +212,10 @@ def run(args: argparse.Namespace) -> int:
     if prompt is not None:
         # As mlx_lm.generate does, which gets its prompt from a shell too.
         literal = prompt != "-" and not prompt.startswith("@")
-        prompt = read_text("--prompt", prompt)
+        prompt = text_of("--prompt", prompt)
         prompt = prompt.replace("\\n", "\n").replace("\\t", "\t") if literal else prompt
     if system is not None:
-        system = read_text("--system-prompt", system)
+        system = text_of("--system-prompt", system)
 
     name, file = args.model, args.prompt_cache_file
     if name is None and file is not None:
@@ -216,18 +228,26 @@ def run(args: argparse.Namespace) -> int:
     alone = embedded and file is None and system is None
     notebook = args.demo or (alone and not args.ignore_chat_template)
     demo = args.demo or (chatting and notebook and not sys.stdin.isatty() and not asked())
-    session = open_session(args, name or str(CHECKPOINT), notes() if notebook else system)
+    with Waiting("Loading the model", args.verbose):
+        session = open_session(
+            args,
+            name or str(CHECKPOINT),
+            notes() if notebook else system,
+            rollback=ROLLBACK if prompt is None else 0,
+        )
+    # Without a template an answer goes on where the prompt ends, with a blank if it needs one.
+    strip = session.conversation.has_template and args.prefill_response is None
     if file is not None and not is_conversation(file):
         if prompt is None:
             raise SessionError("a cache of mlx_lm.cache_prompt answers one question: give --prompt")
-        return one_answer(session, answer_behind(session, file, prompt), args.verbose)
+        return one_answer(session, answer_behind(session, file, prompt), args.verbose, strip)
     if file is not None:
         session.load(file)
     if demo:
         return run_demo(session, args.verbose)
     if prompt is not None:
         answer = session.answer(prompt, args.prefill_response or "")
-        return one_answer(session, answer, args.verbose)
+        return one_answer(session, answer, args.verbose, strip)
     return terminal_chat(session, name or "the embedded notebook model", notebook, args.verbose)
 
 
@@ -243,11 +263,11 @@ def asked() -> bool:
         return True
 
 
-def one_answer(session: Session, answer: Iterator[str], verbose: bool) -> int:
+def one_answer(session: Session, answer: Iterator[str], verbose: bool, strip: bool) -> int:
     """Stream one answer to standard output; the report goes to standard error."""
-    done = turn(session, answer, verbose, about=False)
+    done = turn(session, answer, verbose, about=False, strip=strip)
     if verbose:
-        print(report(session), file=sys.stderr)
+        say(report(session))
     return 0 if done else 130
 
 
@@ -258,7 +278,8 @@ def terminal_chat(session: Session, name: str, notebook: bool, verbose: bool) ->
     if terminal and verbose:
         size = tree_reduce(lambda n, w: n + w.size, session.model.parameters(), 0)
         where = "GPU" if mx.default_device() == mx.gpu else "CPU"
-        print(f"ksa-mlx {__version__}: {name}, {size / 1e6:,.1f} M parameters, {where}")
+        rows = [("model", name), ("size", f"{size / 1e6:,.1f} M parameters, on the {where}")]
+        header(f"ksa-mlx {__version__}", [*rows, ("context", f"{session.context:,} tokens")])
         if not session.conversation.has_template:
             greeting.append("No chat template: what you type is text that the model continues.")
         greeting.append("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.")
@@ -266,10 +287,11 @@ def terminal_chat(session: Session, name: str, notebook: bool, verbose: bool) ->
         read_ahead(session, verbose)
     if greeting and notebook:
         greeting.insert(0, welcome(session))
-    print("\n".join(greeting), end="\n" if greeting else "")
+    if greeting:
+        show("\n".join(greeting))
     failed = chat(session, verbose)
     if session.offset and verbose:
-        print(report(session), file=sys.stderr)
+        say(report(session))
     return 1 if failed and not terminal else 0
 
 
@@ -279,6 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(spare)
+    transformers.logging.set_verbosity_error()  # it warns of long texts, which we refuse
     try:
         return run(parse(argv))
     except KeyboardInterrupt:

@@ -4,8 +4,13 @@ from collections import defaultdict
 
 import pytest
 
+import ksa_mlx
 from ksa_mlx.chat import notebook
+from ksa_mlx.chat.session import Session
+from ksa_mlx.chat.turns import show_references
 from ksa_mlx.convert import convert
+
+from ._chat import SYSTEM
 
 
 def pytest_sessionstart():
@@ -35,3 +40,37 @@ def notebook_models(tmp_path_factory):
     convert(str(notebook.CHECKPOINT), str(model), dtype="float32")
     convert(str(model), str(draft), quantize=True, q_bits=3, q_group_size=32)
     return model, draft
+
+
+@pytest.fixture(scope="session")
+def folder():
+    return notebook.CHECKPOINT
+
+
+@pytest.fixture(scope="session")
+def loaded(folder):
+    """The embedded model and its tokenizer; nobody changes them."""
+    return ksa_mlx.load(folder)
+
+
+@pytest.fixture
+def session(loaded, folder):
+    return Session(*loaded, str(folder), system_prompt=SYSTEM, max_tokens=12)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def asked(loaded):
+    """A session that has answered one question about the sample notebook, and its trace."""
+    traces = []
+    text = "\n".join(notebook.notes().splitlines()[:60])
+    session = Session(*loaded, "notebook", system_prompt=text)
+    session.on_references = traces.append
+    session.read_ahead()
+    answer = "".join(session.answer(notebook.QUESTIONS[0][0])).strip()
+    show_references(session)
+    return session, answer, traces[0]

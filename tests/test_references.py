@@ -1,7 +1,5 @@
 """References: what an answer's tokens attended to, by the definition, and what it is good for."""
 
-import html
-import os
 import re
 import subprocess
 import sys
@@ -14,13 +12,11 @@ from mlx_lm.models.cache import KVCache
 
 import ksa_mlx
 from ksa_mlx import naive
-from ksa_mlx.chat.notebook import CHECKPOINT, QUESTIONS, notes
+from ksa_mlx.chat.notebook import QUESTIONS
 from ksa_mlx.chat.report import cache_bytes
 from ksa_mlx.chat.session import Session
-from ksa_mlx.chat.terminal import references_shown
-from ksa_mlx.errors import SessionError
+from ksa_mlx.chat.turns import show_references
 from ksa_mlx.references import trace as tracing
-from ksa_mlx.references.page import page, print_references
 from ksa_mlx.references.trace import passages, pieces, question_start, trace_answer
 from training.measure_references import Figures, measure
 from training.tokenizer import load_tokenizer
@@ -28,11 +24,6 @@ from training.tokenizer import load_tokenizer
 from ._models import VARIANTS, build, tokens, worst
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return ksa_mlx.load(CHECKPOINT)
 
 
 def by_definition(model, ids, question, monkeypatch):
@@ -236,8 +227,8 @@ def test_question_is_the_last_line_or_sentence():
     assert start("What is it?") == 0
 
 
-def test_pieces_join_to_the_text(embedded):
-    _, tokenizer = embedded
+def test_pieces_join_to_the_text(loaded):
+    _, tokenizer = loaded
     text = "The box of Zoé is 12€ — 日本語 🎉🎉🎉.\n The  gate\tof Omar is B7."
     ids = tokenizer.encode(text)
     for cuts in (range(len(ids) + 1), [0, *range(3, len(ids), 8), len(ids)]):
@@ -245,33 +236,20 @@ def test_pieces_join_to_the_text(embedded):
         assert "".join(parts) == tokenizer.decode(ids) and "\ufffd" not in "".join(parts)
 
 
-# On the embedded model
+# On the loaded model
 
 
 @pytest.mark.slow
-def test_top_references_hold_the_answers_and_matter(embedded):
+def test_top_references_hold_the_answers_and_matter(loaded):
     """A small `python -m training.measure_references`: containment, and the deletion test."""
     tokenizer, total = load_tokenizer(ROOT / "ksa_mlx/notebook/tokenizer.model"), Figures()
-    for _, figures in measure(embedded[0], tokenizer, (160, 320), notebooks=3, asked=4, seed=3):
+    for _, figures in measure(loaded[0], tokenizer, (160, 320), notebooks=3, asked=4, seed=3):
         total.add(figures)
     print(total.line("all"))
     assert total.asked >= 20 and total.right >= 6
     assert total.contained >= 0.75 * total.right
     assert total.changed >= 0.6 * total.asked
     assert total.changed > 3 * total.changed_random
-
-
-@pytest.fixture(scope="module")
-def asked(embedded):
-    """A session that has answered one question about the sample notebook, and its trace."""
-    traces = []
-    text = "\n".join(notes().splitlines()[:60])
-    session = Session(*embedded, "notebook", system_prompt=text)
-    session.on_references = traces.append
-    session.read_ahead()
-    answer = "".join(session.answer(QUESTIONS[0][0])).strip()
-    session.show_references()
-    return session, answer, traces[0]
 
 
 def test_first_chunk_counts_unless_it_is_a_sink(monkeypatch):
@@ -284,9 +262,9 @@ def test_first_chunk_counts_unless_it_is_a_sink(monkeypatch):
 
 
 @pytest.mark.slow
-def test_session_gives_what_a_reading_of_its_own_gives(embedded, asked):
+def test_session_gives_what_a_reading_of_its_own_gives(loaded, asked):
     session, answer, trace = asked
-    model, tokenizer = embedded
+    model, tokenizer = loaded
     no_answer = {"add_generation_prompt": False}
     assert tokenizer.decode(trace.tokens[trace.prompt_length :]).strip() == answer
     expected = trace_answer(
@@ -309,67 +287,20 @@ def test_session_gives_what_a_reading_of_its_own_gives(embedded, asked):
     assert [(r.start, r.text) for r in found] == [(r.start, r.text) for r in same]
 
 
-def test_session_keeps_nothing_when_off(embedded):
-    session = Session(*embedded, "notebook", system_prompt="The badge of Olga is 6967.")
+def test_session_keeps_nothing_when_off(loaded):
+    session = Session(*loaded, "notebook", system_prompt="The badge of Olga is 6967.")
     text = "".join(session.answer("What is the badge of Olga?"))
     assert session._said is None
-    session.show_references()  # does nothing
+    assert session.trace() is None
     traces = []
-    other = Session(*embedded, "notebook", system_prompt="The badge of Olga is 6967.")
+    other = Session(*loaded, "notebook", system_prompt="The badge of Olga is 6967.")
     other.on_references = traces.append
     assert "".join(other.answer("What is the badge of Olga?")) == text
-    other.show_references()
+    show_references(other)
     assert len(traces) == 1 and other._said is None
     assert other.tokens == session.tokens and cache_bytes(other) == cache_bytes(session)
     again = ["".join(s.answer("And the badge of Olga?")) for s in (session, other)]
     assert again[0] == again[1]
-
-
-def test_printed_references(embedded, asked, tmp_path):
-    _, _, trace = asked
-    file = tmp_path / "out.txt"
-    with open(file, "w", encoding="utf-8") as f:
-        print_references(trace, embedded[1], f, top=2)
-    lines = file.read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 4 and "\x1b" not in "".join(lines)
-    top = trace.references(embedded[1], 1)[0]
-    assert lines[0].startswith(f"[{top.weight:.0%}, ")
-    assert re.sub(r"\s+", " ", f">>{top.text}<<") in lines[1]
-
-
-def test_page_is_self_contained_and_escaped(embedded):
-    model, tokenizer = embedded
-    evil = (
-        "<img src=\"https://example.com/x\"> </script><script>alert(1)</script> & '$page' \x1b[31m"
-    )
-    ids = tokenizer.encode(f"<|system|> The gate of Omar is 71. {evil} The car of Ida is red.")
-    said = tokenizer.encode(" 71 </script>.")
-    trace = trace_answer(model, ids, said, len(ids))
-    text = page(trace, tokenizer)
-    assert text.count("<script>") == text.count("</script>") == 1
-    assert "<img" not in text and "\x1b" not in text and "&lt;img" in text
-    assert not re.search(r'(?:src|href)="(?!#)', text) and "url(" not in text
-    shown = re.search(r"<main.*?>(.*)</main>", text, re.DOTALL)[1]
-    words = html.unescape(re.sub(r"<[^>]*>", "", shown))
-    assert words == tokenizer.decode(ids).replace("\x1b", "\ufffd")
-    assert len(re.findall(r'<span id="c\d+"', shown)) == trace.chunks
-
-
-def test_page_is_written_whole_or_not_at_all(embedded, asked, tmp_path, monkeypatch):
-    _, _, trace = asked
-    file = tmp_path / "page.html"
-    show = references_shown(embedded[1], file, show=False)
-    show(trace)
-    before = file.read_text(encoding="utf-8")
-    assert before.startswith("<!DOCTYPE html>")
-
-    def fail(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(SessionError, match=r"page.html: No space left"):
-        show(trace)
-    assert file.read_text(encoding="utf-8") == before and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.slow

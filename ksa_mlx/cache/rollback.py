@@ -1,6 +1,7 @@
 """Taking back tokens: who asks for it, and what mlx-lm's speculative decoding leaves behind."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import ConfigError
@@ -42,11 +43,17 @@ def settle(cache: list[Any]) -> int:
         for c, offset in zip(cache, offsets, strict=True)
         if offset > shortest
     ]
-    if not all(c.is_trimmable() for c, _ in ahead):
-        return 0
+    return shortest if take_back(ahead) else 0
+
+
+def take_back(ends: Iterable[tuple[Any, int]]) -> bool:
+    """Take back the last tokens of each cache, so many. Returns False, and leaves caches that
+    disagree, where one does not hold the text for that."""
     try:
-        for c, n in ahead:
+        for c, n in ends:
+            if not c.is_trimmable():
+                return False
             c.trim(n)
     except ValueError:  # beyond the reach of its rollback
-        return 0
-    return shortest
+        return False
+    return True

@@ -1,11 +1,18 @@
 """What was said, as tokens: messages through a chat template, or plain text that goes on."""
 
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
 from ..errors import SessionError, one_line
+
+
+class Document(NamedTuple):
+    """A text that the next turn is about, and what it is called."""
+
+    name: str
+    text: str
 
 
 class Conversation:
@@ -17,6 +24,9 @@ class Conversation:
         use_template: whether to use the tokenizer's chat template. Without it (or where there is
             none) a turn is plain text that the model continues.
         template_options: further arguments of the chat template.
+
+    Attributes:
+        documents: what stands before the next turn.
     """
 
     def __init__(
@@ -34,7 +44,10 @@ class Conversation:
     def reset(self) -> None:
         """Begin again: the system prompt and nothing else."""
         self.messages: list[dict[str, str]] = []
-        self.plain: list[int] = []  # the conversation without a template, as tokens
+        self.documents: list[Document] = []
+        # Without a template: the conversation as tokens; its turns, and where in it they begin.
+        self.plain: list[int] = []
+        self.asked: list[tuple[str, int]] = []
         if self.system_prompt and self.has_template:
             self.messages = [{"role": "system", "content": self.system_prompt}]
         elif self.system_prompt:
@@ -47,11 +60,10 @@ class Conversation:
         """
         check_utf8("prompt", text)
         if not self.has_template:
-            new = self._encode(text) if self.plain else self._begin(text)
-            return self.plain + new if new else []
+            return self._after(self.opening(), text) if text else []
         if not text.strip():
             return []
-        messages = [*self.messages, user(text)]
+        messages = [*self.messages, user(self._turn(text))]
         if begun:
             messages.append(assistant(begun))
         return self.render(
@@ -61,18 +73,55 @@ class Conversation:
     def answered(self, text: str, answer: str, tokens: list[int]):
         """Add a turn and its answer; tokens: all of the conversation, these two included."""
         if self.has_template:
-            self.messages += [user(text), assistant(answer)]
+            self.messages += [user(self._turn(text)), assistant(answer)]
         else:
+            self.asked.append((self._turn(text), len(self.plain)))
             self.plain = list(tokens)
+        self.documents = []
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a turn that was answered."""
+        return bool(self.asked) or any(m["role"] == "user" for m in self.messages)
+
+    def undo(self) -> str:
+        """Take back the last turn and its answer. Returns the turn, its documents included.
+
+        Of a turn that is not asked yet, the last document. Raises SessionError if there is nothing.
+        """
+        if self.documents:
+            return self.documents.pop().name
+        if not self.begun:
+            raise SessionError("found no turn to take back")
+        if self.has_template:
+            *self.messages, asked, _ = self.messages
+            return asked["content"]
+        text, begin = self.asked.pop()
+        self.plain = self.plain[:begin]
+        return text
+
+    def _turn(self, text: str) -> str:
+        """A turn with the documents before it; a template's model is told what they are called."""
+        if not self.has_template:
+            return "".join([*(_lines(d.text) for d in self.documents), text])
+        named = [f"{d.name}:\n{d.text.strip()}" for d in self.documents]
+        return "\n\n".join([*named, text])
 
     def opening(self) -> list[int]:
         """The tokens that begin every prompt from here on, as far as they are known."""
-        if not self.has_template or not self.messages:
-            return self.plain
+        if not self.has_template:
+            tokens = self.plain
+            for document in self.documents:
+                tokens = self._after(tokens, _lines(document.text))
+            return tokens
+        if not self.messages and not self.documents:
+            return []
         # What two questions have in common. Some templates do without a turn of the user's, most
         # do not; and the last token may be another one before another question.
-        two = (self.render([*self.messages, user(text)]) for text in ("a", "1"))
+        two = (self.render([*self.messages, user(self._turn(text))]) for text in ("a", "1"))
         common = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*two, strict=False))]
+        if self.documents:
+            return common[:-1]
         try:
             known = self.render(self.messages, add_generation_prompt=False)
         except SessionError:
@@ -94,6 +143,10 @@ class Conversation:
         except (TemplateError, TypeError, KeyError) as e:
             raise SessionError(f"chat template: refused these messages ({one_line(e)})") from None
 
+    def _after(self, tokens: list[int], text: str) -> list[int]:
+        """Tokens, and those of a text that goes on from them."""
+        return tokens + self._encode(text) if tokens else self._begin(text)
+
     def _begin(self, text: str) -> list[int]:
         """The tokens of a text's beginning, with one BOS, whether or not the text has it."""
         bos = self.tokenizer.bos_token
@@ -101,6 +154,11 @@ class Conversation:
 
     def _encode(self, text: str, special: bool = False) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=special)
+
+
+def _lines(text: str) -> str:
+    """A text that ends its last line."""
+    return text if text.endswith("\n") else f"{text}\n"
 
 
 def user(text: str) -> dict[str, str]:

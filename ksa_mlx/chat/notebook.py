@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .report import report
 from .session import Session
-from .terminal import read_ahead
+from .turns import read_ahead, show_references
 
 PACKAGE = Path(__file__).parents[1]
 CHECKPOINT = PACKAGE / "notebook"
@@ -51,6 +51,6 @@ def run_demo(session: Session, verbose: bool = True) -> int:
         answer = "".join(session.answer(question)).strip()
         print(f"Question: {question}\nAnswer:   {answer}")
         print(f"The note: {note} ({back:,} tokens back)\n")
-        session.show_references()
+        show_references(session, verbose)
     print(report(session))
     return 0

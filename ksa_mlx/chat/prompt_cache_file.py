@@ -35,7 +35,7 @@ def write(file: Path, model, name: str, cache: list[Any], about: dict[str, Any])
         model: whose cache it is.
         name: what that model is called.
         cache: one a layer.
-        about: "messages", "plain" and "tokens" of a `Session`.
+        about: "tokens" of a `Session`, and its conversation's attributes.
     """
     file = cache_file(file)
     if not file.parent.is_dir():
@@ -105,6 +105,9 @@ def _parse(entry: str) -> dict[str, Any]:
         "fingerprint": str(found["fingerprint"]),
         "messages": [{k: str(m[k]) for k in ("role", "content")} for m in found["messages"]],
         "plain": [int(t) for t in found["plain"]],
+        # Files of earlier versions lack these.
+        "asked": [(str(text), int(begin)) for text, begin in found.get("asked", [])],
+        "documents": [(str(name), str(text)) for name, text in found.get("documents", [])],
         "tokens": [int(t) for t in found["tokens"]],
     }
 

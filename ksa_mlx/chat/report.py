@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from ..cache.storage import segments_of
+from ..cache.storage import Affine, Segment, segments_of
 from .session import Session
 
 
@@ -11,27 +11,43 @@ def cache_bytes(session: Session) -> int:
 
     Exactly these: neither the room that buffers have to grow, nor what is kept to take text back.
     """
-    held = (one for c in session.own_cache if not c.empty() for one in segments_of(c))
-    return round(sum(one.nbytes for one in held))
+    return round(sum(one.nbytes for one in _held(session)))
+
+
+def _held(session: Session) -> list[Segment]:
+    return [one for c in session.own_cache if not c.empty() for one in segments_of(c)]
+
+
+def _format(session: Session) -> Affine | None:
+    """The coarsest format in which keys and values are held; None if they are not quantised."""
+    forms = [one.form for one in _held(session) if isinstance(one.form, Affine)]
+    return min(forms, key=lambda form: form.bits, default=None)
 
 
 def full_bytes(session: Session) -> int:
-    """Bytes that full attention would hold: keys and values of every token in every layer."""
-    args = session.model.args
-    size = session.model.model.norm.weight.dtype.size
-    row = args.num_key_value_heads * args.head_dim * size
-    return 2 * args.num_hidden_layers * row * session.offset
+    """Bytes that full attention would hold: keys and values of every token in every layer.
+
+    Of a quantised cache, in its format, that of the summaries.
+    """
+    args, bits = session.model.args, 8.0 * session.model.model.norm.weight.dtype.size
+    if form := _format(session):
+        # A group has a scale and a bias besides, in the model's type.
+        bits = form.bits + 2 * bits / form.group_size
+    row = args.num_key_value_heads * args.head_dim * bits / 8
+    return round(2 * args.num_hidden_layers * row * session.offset)
 
 
 def cache_line(session: Session) -> str:
     """What the KV cache holds, and what full attention would."""
     held, full = cache_bytes(session), full_bytes(session)
-    ratio = f", {full / held:.2f} times as much" if held else ""
+    ratio = f", {full / held:.2f} times as much" if full > held else ""
+    form = _format(session)
+    at = f" at {form.bits} bits" if form else ""
     start = session.options.get("quantized_kv_start", 5000)
     later = "kv_bits" in session.options and session.offset < start
     return (
         f"KV cache: {mb(held)} for {session.offset:,} tokens; "
-        f"full attention would hold {mb(full)}{ratio}"
+        f"full attention would hold {mb(full)}{at}{ratio}"
         + (f"; quantised from {start:,} tokens on (--quantized-kv-start)" if later else "")
     )
 

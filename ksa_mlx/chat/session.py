@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..cache.make import make_cache
-from ..cache.rollback import settle
+from ..cache.rollback import settle, take_back
 from ..errors import ContextError, SessionError
 from ..memory.caches import Quantised
 from ..memory.room import Room
@@ -23,7 +24,7 @@ from ..model import Model
 from ..references.trace import Trace, question_start, trace_answer
 from ..stock.ids import unknown
 from . import prompt_cache_file, reading
-from .conversation import Conversation
+from .conversation import Conversation, Document
 
 # Stands for a token that a cache has read and that nobody has told us.
 UNKNOWN = -1
@@ -64,12 +65,13 @@ class Session:
         draft_model: proposes tokens, options' `num_draft_tokens` at a time; the answer is the same.
         text_bits: those of the windows' text in a quantised cache, if not `kv_bits` too.
         memory_limit: bytes that all of it may take; None: what the device has.
+        rollback: tokens before the furthest one read that the cache can always take back.
 
     Attributes:
         stop: set by a signal handler: end the answer after the next token, reading after the step.
         progress: called with (tokens read, tokens to read) while a prompt is read.
-        on_references: what `show_references` does with an answer's `Trace`; None: nothing is kept
-            for it.
+        reread: of the tokens that are read now, those that the cache had read and could not keep.
+        on_references: what is done with the `trace` of an answer; None: nothing is kept for it.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Session:
         draft_model=None,
         text_bits: int | None = None,
         memory_limit: int | None = None,
+        rollback: int = 0,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.conversation = Conversation(tokenizer, system_prompt, use_template, template_options)
@@ -93,7 +96,8 @@ class Session:
         self.draft_model, self.text_bits = draft_model, text_bits
         self.memory_limit = memory_limit
         self._room: Room | None = None
-        self.stop = False
+        self.rollback = max(rollback, self.options["num_draft_tokens"] if draft_model else 0)
+        self.stop, self.reread = False, 0
         self.progress: Callable[[int, int], None] = lambda done, total: None
         self.on_references: Callable[[Trace], None] | None = None
         self.usage: Usage | None = None
@@ -116,13 +120,9 @@ class Session:
         return [self.model] if self.draft_model is None else [self.model, self.draft_model]
 
     def _make_cache(self, model) -> list[Any]:
-        """A cache, with a draft model one that rejected drafts can be taken back from."""
         if not isinstance(model, Model):
             return make_prompt_cache(model)
-        if self.draft_model is None:
-            return make_cache(model, text_bits=self.text_bits)
-        rollback = max(model.rollback, self.options["num_draft_tokens"])
-        return make_cache(model, rollback, self.text_bits)
+        return make_cache(model, max(model.rollback, self.rollback), self.text_bits)
 
     @property
     def own_cache(self) -> list[Any]:
@@ -161,6 +161,23 @@ class Session:
         if self.usage is not None:
             self.conversation.answered(text, "".join(pieces), self.tokens)
 
+    def again(self) -> Generator[str, None, None]:
+        """Take the last answer back and answer its turn once more."""
+        if self.conversation.documents:
+            raise SessionError("again: found a document that waits for its question")
+        return self.answer(self.conversation.undo())
+
+    def undo(self) -> str:
+        """Take back what `Conversation.undo` does, which see.
+
+        Where the cache does not reach so far back it is emptied, and `reread` says how many tokens
+        must be read again.
+        """
+        text = self.conversation.undo()
+        self.usage, self._said = None, None
+        self._unread(self.conversation.opening(), "conversation", asks=False)
+        return text
+
     def _prompt(self, text: str, begun: str = "") -> tuple[list[int], int]:
         """All tokens that must be read before the answer, and where in them the question begins."""
         prompt = self.conversation.prompt(text, begun)
@@ -175,8 +192,10 @@ class Session:
         """
         self.stop = False
         tokens = self.conversation.opening()
+        what = ", ".join(d.name for d in self.conversation.documents) or "system prompt"
         if tokens:
-            self._read(self._unread(tokens, "system prompt"), len(tokens))
+            new = self._unread(tokens, what, asks=False)
+            self._read(new, len(new))
         return len(tokens)
 
     def go_on(self, prompt: list[int], question: int) -> Generator[str, None, None]:
@@ -228,9 +247,10 @@ class Session:
             if not self.tokens:
                 self.forget()
 
-    def _unread(self, prompt: list[int], what: str) -> list[int]:
-        """The part of a prompt that is new. Empties the cache if it has read something else.
+    def _unread(self, prompt: list[int], what: str, asks: bool = True) -> list[int]:
+        """The part of a prompt that is new, its last token at least if it `asks` for an answer.
 
+        What the cache has read beside it is taken back, or, where that is out of reach, all of it.
         Raises SessionError, and changes nothing, for a prompt that the model cannot read.
         """
         if len(prompt) >= self.context:
@@ -239,19 +259,29 @@ class Session:
                 f"{self.context:,} (max_position_embeddings)"
             )
         self._check_room(what, len(prompt))
-        known = len(self.tokens)
         # The template may render an earlier turn anew (without its thinking, say), or text that
         # was generated may fall into other tokens when it is read.
-        on = known < len(prompt) and prompt[:known] == self.tokens
-        new, begin = prompt[known:] if on else prompt, self.model.args.summary_token_begin
+        pairs = zip(prompt[:-1] if asks else prompt, self.tokens, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        new, begin = prompt[same:], self.model.args.summary_token_begin
         if (token := unknown(new, begin)) is not None:
             word = self.tokenizer.convert_ids_to_tokens([token])[0]
             raise SessionError(
                 f"{what}: found token {token} ({word!r}), expected ids of the text "
                 f"vocabulary, 0 to {begin - 1}"
             )
-        if not on:
-            self.forget()
+        self.reread, behind = 0, len(self.tokens) - same
+        if not behind:
+            return new
+        kept = False
+        try:
+            kept = same > 0 and take_back((c, behind) for c in self.cache)
+        finally:
+            self.tokens = self.tokens[:same]
+            if not kept:
+                self.forget()
+        if not kept:
+            self.reread, new = same, prompt
         return new
 
     def _check_room(self, what: str, tokens: int):
@@ -321,14 +351,14 @@ class Session:
 
     # References
 
-    def show_references(self):
-        """Call `on_references` with what the last answer's tokens attended to.
+    def trace(self) -> Trace | None:
+        """What the last answer's tokens attended to; None if nothing was kept for it.
 
         The answer is read once more.
         """
         said, self._said = self._said, None
         if not self.on_references or said is None:
-            return
+            return None
         if said.prompt[0] == UNKNOWN:
             raise SessionError(
                 "references: a cache of mlx_lm.cache_prompt does not say which text it holds"
@@ -336,11 +366,10 @@ class Session:
         answer = said.answer
         if answer[-1] in self.tokenizer.eos_token_ids:
             answer = answer[:-1]
-        if answer:
-            step = self.options["prefill_step_size"]
-            self.on_references(
-                trace_answer(self.model, said.prompt, answer, said.question, said.cache, step)
-            )
+        if not answer:
+            return None
+        step = self.options["prefill_step_size"]
+        return trace_answer(self.model, said.prompt, answer, said.question, said.cache, step)
 
     # Files
 
@@ -348,8 +377,9 @@ class Session:
         """Write the cache and the conversation, for `load`; whole or not at all."""
         if not self.tokens:
             raise SessionError("nothing has been read yet, so there is nothing to save")
-        said = {"messages": self.conversation.messages, "plain": self.conversation.plain}
-        about = {**said, "tokens": self.tokens}
+        talk = self.conversation
+        said = {"messages": talk.messages, "plain": talk.plain, "asked": talk.asked}
+        about = {**said, "documents": talk.documents, "tokens": self.tokens}
         prompt_cache_file.write(file, self.model, self.name, self.own_cache, about)
 
     def load(self, file: Path):
@@ -361,28 +391,8 @@ class Session:
                 "give --prompt-cache-file and --prompt"
             )
         self.cache, self.tokens, self.usage = cache, about["tokens"], None
-        self.conversation.messages = about["messages"]
-        self.conversation.plain = about["plain"]
+        for name in ("messages", "plain", "asked"):
+            setattr(self.conversation, name, about[name])
+        self.conversation.documents = [Document(*one) for one in about["documents"]]
         if self.draft_model:
             self.forget()  # the draft model has to read the text too
-
-
-def answer_behind(session: Session, file: Path, text: str) -> Generator[str, None, None]:
-    """Answer one question behind a cache of `mlx_lm.cache_prompt`, piece by piece.
-
-    The cache holds the beginning of the user's turn, nobody has told which.
-    """
-    cache, about = prompt_cache_file.read(file, session.model, session.name)
-    if about is not None:
-        raise SessionError(f"{file}: found a saved conversation, expected a cache of a prompt")
-    if session.draft_model:
-        raise SessionError(
-            f"{file}: does not say which text it holds, which a draft model would have to read; "
-            "a conversation saved with /save does"
-        )
-    suffix = session.conversation.suffix(text)
-    if not suffix:
-        raise SessionError("prompt: found zero tokens, expected text")
-    session.cache, session.tokens = cache, [UNKNOWN] * cache[0].offset
-    prompt = session.tokens + suffix
-    return session.go_on(prompt, len(prompt))

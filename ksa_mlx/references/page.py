@@ -4,7 +4,8 @@ import html
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from string import Template
 from typing import IO
@@ -56,10 +57,10 @@ def describe(r: Reference) -> str:
 def in_place(trace: Trace, tokenizer, r: Reference) -> tuple[str, str, str]:
     """What stands before a reference, its words, and what stands after it, in one line."""
     begin, end = max(0, r.start - AROUND), min(trace.prompt_length, r.stop + AROUND)
-    parts = pieces(tokenizer, trace.tokens, [begin, r.start, r.stop, end])
+    parts = readable(tokenizer, pieces(tokenizer, trace.tokens, [begin, r.start, r.stop, end]))
     before, words, after = (re.sub(r"\s+", " ", plain(t)) for t in parts)
     return (
-        f"... {before.lstrip()}" if begin else before,
+        f"... {before.lstrip()}" if begin else before.lstrip(),
         words,
         f"{after.rstrip()} ..." if end < trace.prompt_length else after,
     )
@@ -73,33 +74,64 @@ def plain(text: str) -> str:
     )
 
 
-def write_page(trace: Trace, tokenizer, file: Path, top: int = 5):
+def readable(tokenizer, parts: Iterable[str]) -> list[str]:
+    """Texts that follow each other, without what a chat template puts between turns: a line break
+    stands for its marks, and for the names of roles that they enclose. Nor with the blank that
+    every line begins with, if every one does."""
+    parts = list(parts)
+    text = "".join(parts)
+    shown = list(text)
+
+    def hide(match: re.Match, instead: str):
+        shown[match.start() : match.end()] = [instead, *[""] * (len(match[0]) - 1)]
+
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    if marks := "|".join(re.escape(mark) for mark in special if mark.strip()):
+        role = r"(?:system|user|assistant|tool)(?=\s|" + marks + ")"
+        for match in re.finditer(rf"\s*(?:(?:{marks})(?:{role})?\s*)+", text):
+            hide(match, "\n" if match.start() else "")
+    lines = list(re.finditer(r"\n ?(?=\S)", text))
+    if all(len(line[0]) == 2 for line in lines):
+        for line in lines:
+            hide(line, "\n")
+    ends = accumulate(map(len, parts))
+    return ["".join(shown[end - len(part) : end]) for part, end in zip(parts, ends, strict=True)]
+
+
+def write_page(trace: Trace, tokenizer, file: Path, model: str, top: int = 5):
     """Write a page that shows the prompt, shaded by how much the answer drew on each chunk.
+
+    model: what the model is called.
 
     The file is replaced whole or not at all. Raises OSError if it cannot be written.
     """
-    text = page(trace, tokenizer, top)
+    text = page(trace, tokenizer, model, top)
     with replaced(file) as part:
         part.write_text(text, encoding="utf-8")
 
 
-def page(trace: Trace, tokenizer, top: int = 5) -> str:
+def page(trace: Trace, tokenizer, model: str, top: int = 5) -> str:
     """The page's HTML."""
+    chunks = [*range(0, trace.question, trace.chunk), trace.question]
+    cuts = [*chunks, *range(trace.prompt_length, len(trace.tokens) + 1)]
+    texts = readable(tokenizer, pieces(tokenizer, trace.tokens, cuts))
+    context, question = texts[: len(chunks) - 1], texts[len(chunks) - 1]
     found = _worth_showing(trace, tokenizer, top)
     through = sum(r.weight * r.through_summaries for r in found)
     about = (
-        f"Shaded: how much the answer drew on each chunk of {trace.chunk} tokens. The passages "
-        f"below hold {sum(r.weight for r in found):.0%} of the weight, {through:.0%} through "
-        "summaries. Point at a token of the answer to see its own."
+        f"These hold {sum(r.weight for r in found):.0%} of the weight, {through:.0%} through "
+        f"summaries. Shaded below: how much the answer drew on each chunk of {trace.chunk} tokens."
         if found
         else "No references: nothing but the question was read."
     )
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.substitute(
-        answer="".join(_answer(trace, tokenizer)),
+        model=escape(model),
+        question=escape(question.strip()),
+        answer="".join(_answer(trace, texts[len(chunks) :])),
         about=escape(about),
         references="".join(_item(trace, tokenizer, r) for r in found),
-        context="".join(_context(trace, tokenizer)),
+        context="".join(_context(trace, context)),
         tokens=json.dumps(_token_shades(trace), separators=(",", ":")),
     )
 
@@ -117,21 +149,16 @@ def escape(text: str) -> str:
     return html.escape(plain(text), quote=True)
 
 
-def _context(trace: Trace, tokenizer) -> Iterator[str]:
-    cuts = [*range(0, trace.question, trace.chunk), trace.question, trace.prompt_length]
-    texts: list[str] = [escape(t) for t in pieces(tokenizer, trace.tokens, cuts)]
-    *texts, tail = texts
+def _context(trace: Trace, texts: list[str]) -> Iterator[str]:
     shades = _shades(trace.weights())
     for i, (text, shade, weight) in enumerate(zip(texts, shades, trace.weights(), strict=True)):
         style = f' style="--w:{shade:.2f}" title="{weight:.1%}"' if shade >= 0.01 else ""
-        yield f'<span id="c{i}"{style}>{text}</span>'
-    yield f"<i>{tail}</i>"
+        yield f'<span id="c{i}"{style}>{escape(text)}</span>'
 
 
-def _answer(trace: Trace, tokenizer) -> Iterator[str]:
-    cuts = range(trace.prompt_length, len(trace.tokens) + 1)
+def _answer(trace: Trace, texts: list[str]) -> Iterator[str]:
     shades = _shades(trace.token_weights.sum(1))
-    for text, shade in zip(pieces(tokenizer, trace.tokens, cuts), shades, strict=True):
+    for text, shade in zip(texts, shades, strict=True):
         yield f'<span tabindex="0" style="--w:{shade:.2f}">{escape(text)}</span>'
 
 
