@@ -228,7 +228,9 @@ def run(args: argparse.Namespace) -> int:
     alone = embedded and file is None and system is None
     notebook = args.demo or (alone and not args.ignore_chat_template)
     demo = args.demo or (chatting and notebook and not sys.stdin.isatty() and not asked())
-    with Waiting("Loading the model", args.verbose):
+    # What is downloaded has bars of its own.
+    here = all(Path(n or CHECKPOINT).is_dir() for n in (name, args.draft_model))
+    with Waiting("Loading the model", args.verbose and here):
         session = open_session(
             args,
             name or str(CHECKPOINT),

@@ -50,7 +50,8 @@ def run_demo(session: Session, verbose: bool = True) -> int:
         back = session.offset - len(session.tokenizer.encode(before))
         answer = "".join(session.answer(question)).strip()
         print(f"Question: {question}\nAnswer:   {answer}")
-        print(f"The note: {note} ({back:,} tokens back)\n")
+        print(f"The note: {note} ({back:,} tokens back)")
         show_references(session, verbose)
+        print(flush=True)
     print(report(session))
     return 0

@@ -66,7 +66,7 @@ def turn(
             waiting.end()
             say("\n(stopped at once; what was said so far will be read again)")
             return False
-    if not styled or session.usage is None:
+    if not styled:
         print(flush=True)
     if verbose:
         tell_reread(session)
