@@ -82,7 +82,7 @@ def turn(
             f"{u.generation_tokens:,} written at {u.generation_tps:,.0f}; {held}]",
             whole=False,
         )
-    if about and u.finish_reason == "context":
+    if verbose and about and u.finish_reason == "context":
         say("(/undo takes the last turn back, /reset begins a new conversation)")
     if u.finish_reason == "stopped":
         return False

@@ -1,5 +1,6 @@
 """Signs of life while a model is loaded or reads, and Ctrl-C meanwhile."""
 
+import os
 import signal
 import socket
 import sys
@@ -132,7 +133,8 @@ def ctrl_c_stops(session: Session, tell: Callable[[], None] | None = None) -> It
 @contextmanager
 def keys_unseen() -> Iterator[None]:
     """What is typed ahead in a chat is not shown, only kept for the next turn."""
-    if not (sys.stdin and sys.stdin.isatty()):
+    # A job in the background would be stopped by touching the terminal.
+    if not (sys.stdin and sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()):
         yield
         return
     before = termios.tcgetattr(sys.stdin)
