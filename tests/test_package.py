@@ -20,8 +20,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def name_of(requirement: str) -> str:
-    """The name of a requirement, as a module."""
-    return re.match(r"[A-Za-z0-9_-]+", requirement).group().lower().replace("-", "_")
+    """The name of a requirement, as a module (markdown-it-py has markdown_it)."""
+    name = re.match(r"[A-Za-z0-9_-]+", requirement).group().lower().replace("-", "_")
+    return name.removesuffix("_py")
 
 
 def test_every_import_is_declared():
