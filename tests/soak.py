@@ -4,6 +4,7 @@
     python -m tests.soak --minutes 5 --ours          # python -m ksa_mlx server
     python -m tests.soak --minutes 5 --ours --draft  # with a draft model
     python -m tests.soak --minutes 5 --ours --kv-bits 4  # quantised keys and values, in batches
+    python -m tests.soak --minutes 5 --ours --disk 5MB   # prompt caches on disk, which must leave
 
 Uses the embedded notebook model in float32, on loopback only. Every finished answer must be the
 greedy answer of mlx_lm.stream_generate, running alone. Prints one line of figures; exits with 1 if
@@ -11,6 +12,7 @@ an answer differs, a request fails or the server's resident memory grows.
 """
 
 import argparse
+import contextlib
 import random
 import sys
 import tempfile
@@ -24,6 +26,7 @@ from mlx_lm import stream_generate
 import ksa_mlx
 from ksa_mlx.chat import notebook
 from ksa_mlx.convert import convert
+from ksa_mlx.memory.room import parse_size
 
 from ._server import OURS, STOCK, serving
 
@@ -115,6 +118,15 @@ class Client(threading.Thread):
                 self.faults.append(f"request {i}: {got['text']!r}, alone {self.answers[i]!r}")
 
 
+def sizes(folder: Path) -> dict[Path, int]:
+    """Bytes of each prompt cache in a folder, which come and go."""
+    found = {}
+    for file in folder.glob("prompt-*"):
+        with contextlib.suppress(FileNotFoundError):
+            found[file] = file.stat().st_size
+    return found
+
+
 def soak(
     seconds: float,
     clients: int = 8,
@@ -123,6 +135,7 @@ def soak(
     draft: bool = False,
     seed: int = 0,
     kv_bits: int | None = None,
+    disk: int | None = None,
 ) -> dict:
     """Run it. Returns the figures; "faults" is empty if all went well."""
     with tempfile.TemporaryDirectory() as folder:
@@ -134,6 +147,10 @@ def soak(
         if kv_bits:
             argv += ["--kv-bits", str(kv_bits), "--kv-group-size", str(KV_GROUP)]
             argv += ["--quantized-kv-start", "0"]
+        caches = Path(folder) / "caches"
+        if disk:
+            argv += ["--prompt-cache-dir", str(caches), "--prompt-cache-disk-size", str(disk)]
+            argv += ["--prompt-cache-size", "2"]  # so that most of what is found is found there
         log = Path(folder) / "server.log"
         with serving(command, model, log, "--log-level", "WARNING", *argv) as server:
             start = time.monotonic()
@@ -143,9 +160,11 @@ def soak(
             ]
             for t in threads:
                 t.start()
-            memory = []
+            memory, files, on_disk = [], set(), 0
             while any(t.is_alive() for t in threads):
                 memory.append((time.monotonic() - start, server.resident))
+                now = sizes(caches)
+                files, on_disk = files | set(now), max(on_disk, sum(now.values()))
                 time.sleep(min(1.0, seconds / 20))
             memory.append((time.monotonic() - start, server.resident))
             took = time.monotonic() - start
@@ -158,6 +177,8 @@ def soak(
     faults = [f for t in threads for f in t.faults]
     if status != 200:
         faults.append(f"/health: {status}")
+    if disk and on_disk > disk:
+        faults.append(f"{on_disk:,} bytes of prompt caches on a disk of {disk:,}")
     # A client that hangs up is worth a broken pipe in mlx-lm's log, and nothing else is.
     errors = [x for x in text.splitlines() if x.split(":")[0].endswith(("Error", "Exception"))]
     faults += [e for e in errors if not e.startswith(("BrokenPipeError", "ConnectionResetError"))]
@@ -170,6 +191,8 @@ def soak(
         "resident_start": memory[0][1],
         "resident_middle": max(middle),
         "resident_end": max(end),
+        "files": len(files),
+        "on_disk": on_disk,
         "faults": faults,
     }
 
@@ -183,7 +206,10 @@ def main() -> int:
     parser.add_argument("--ours", action="store_true", help="python -m ksa_mlx server")
     parser.add_argument("--draft", action="store_true", help="with a draft model (needs --ours)")
     parser.add_argument("--kv-bits", type=int, help="quantised keys and values (needs --ours)")
+    parser.add_argument("--disk", type=parse_size, help="bytes of prompt caches (needs --ours)")
     args = parser.parse_args()
+    if args.disk and not args.ours:
+        parser.error("--disk: expected --ours too")
     if args.kv_bits and not args.ours:
         parser.error("--kv-bits: expected --ours too; the stock server turns batches off")
     if args.draft and not args.ours:
@@ -196,6 +222,7 @@ def main() -> int:
         args.draft,
         args.seed,
         args.kv_bits,
+        args.disk,
     )
     grown = r["resident_end"] / r["resident_middle"] - 1
     print(
@@ -204,6 +231,10 @@ def main() -> int:
         f"memory {r['resident_start'] / 1e6:.0f} MB at the start, {r['resident_middle'] / 1e6:.0f} "
         f"in the middle third, {r['resident_end'] / 1e6:.0f} in the last ({grown:+.1%})"
     )
+    if args.disk:
+        print(
+            f"{r['files']} files of prompt caches seen, at most {r['on_disk'] / 1e6:.2f} MB at once"
+        )
     for fault in r["faults"]:
         print(fault, file=sys.stderr)
     return 1 if r["faults"] or grown > 0.05 else 0

@@ -10,6 +10,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
@@ -108,6 +109,20 @@ def test_through_the_prompt_cache(make, text, tmp_path, monkeypatch):
         assert len(again.fetch_nearest_cache("model", text)[1]) == 40
         monkeypatch.undo()
         again.close()
+
+
+@pytest.mark.parametrize("make", [build, qwen])
+def test_quantised_caches(make, text, tmp_path):
+    """What is in a file is what is in memory, bit by bit, whatever its form."""
+    model = make(head_dim=32, rollback=3) if make is build else make(head_dim=32)
+    written = [c.to_quantized(32, 4) for c in read(model, text)]
+    Disk(tmp_path, LARGE).write(MINE, text, written, False)
+    disk = Disk(tmp_path, LARGE)
+    _, entry = disk.find(MINE, text)
+    for a, b in zip(disk.read(entry), written, strict=True):
+        assert type(a) is type(b)
+        pairs = zip(tree_flatten(a.state), tree_flatten(b.state), strict=True)
+        assert all(name == other and mx.array_equal(x, y) for (name, x), (other, y) in pairs)
 
 
 def test_evicted_from_memory(text, tmp_path):

@@ -3,14 +3,17 @@
 import argparse
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models import qwen3
 from mlx_lm.models.cache import make_prompt_cache
 
+from ksa_mlx.config import ModelArgs
 from ksa_mlx.errors import MemoryLimitError
-from ksa_mlx.memory.caches import Quantised, Sizes
+from ksa_mlx.memory.caches import Quantised, Sizes, arrays
 from ksa_mlx.memory.room import Room, device_limit, gb, parse_size
+from ksa_mlx.model import Model
 
 from ._models import BASE, VARIANTS, build
 
@@ -81,6 +84,38 @@ def check(model, prompt, answer, step, quantised=None):
     held = Sizes(model, quantised, step).held(prompt, answer)
     assert held.now == sum(c.nbytes for c in cache)
     assert held.largest >= max(c.nbytes for c in cache) and held.most >= held.now
+
+
+# The released 4B's.
+LARGE = {
+    "hidden_size": 2560,
+    "num_hidden_layers": 36,
+    "intermediate_size": 9728,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151944,
+    "max_position_embeddings": 131072,
+    "summary_chunk_size": 8,
+    "summary_token_begin": 151936,
+    "summary_sliding_chunk_num": "([128]*3+[16768]*1)*9",
+    "mix_coeff": 0,
+}
+
+
+def test_conversations_of_the_4b_in_16_gb():
+    """docs/server.md's table, of models that nobody computes."""
+    ours, plain = Model(ModelArgs.from_dict({**BASE, **LARGE})), qwen(**LARGE)
+    for model in ours, plain:
+        model.set_dtype(mx.bfloat16)
+        nn.quantize(model, 64, 4)
+    weights = sum(x.nbytes for x in arrays(ours.parameters()))
+    assert weights == pytest.approx(2.26e9, rel=0.01)
+    fit = []
+    for model, bits in ((ours, None), (ours, 8), (ours, 4), (plain, None), (plain, 4)):
+        held = Sizes(model, Quantised(bits) if bits else None).held(32768, 512)
+        fit.append((round(held.now / 1e9, 2), (16 * 10**9 - weights) // held.now))
+    assert fit == [(1.8, 7), (0.95, 14), (0.51, 27), (4.91, 2), (1.38, 9)]
 
 
 SHAPE = {

@@ -90,4 +90,5 @@ class Writer:
 
 
 def _contiguous(x: Any) -> Any:
-    return mx.contiguous(x) if isinstance(x, mx.array) else x
+    # Keys and values: numbers of a state are there already, and are looked at at once.
+    return mx.contiguous(x) if isinstance(x, mx.array) and x.ndim > 1 else x
