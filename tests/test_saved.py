@@ -11,6 +11,7 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 import ksa_mlx
 from ksa_mlx.chat import notebook
+from ksa_mlx.chat.conversation import Document
 from ksa_mlx.chat.report import cache_bytes
 from ksa_mlx.chat.session import Session
 from ksa_mlx.errors import SessionError
@@ -150,3 +151,24 @@ def test_cache_of_mlx_lm_cache_prompt(capsys, loaded, folder, tmp_path):
     refused(capsys, [*argv, *draft, "-p", "x"], "a draft model would have to read", "/save")
     with pytest.raises(SessionError, match="answers one question"):
         Session(model, tokenizer, str(folder)).load(file)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_loaded_conversation_can_be_taken_back(loaded, folder, tmp_path, template):
+    """Its turns, and the document that waits; files of earlier versions lack the latter."""
+    file, kind = tmp_path / "talk.safetensors", {"use_template": template, "max_tokens": 4}
+    session = Session(*loaded, str(folder), **kind, rollback=64)
+    say(session, "The locker of Maria is 4821.")
+    held = list(session.tokens)
+    session.conversation.documents = [Document("a.txt", "Alpha.")]
+    session.save(file)
+    other = Session(*loaded, str(folder), **kind)
+    other.load(file)
+    assert other.undo() == "a.txt" and other.tokens == held
+    assert other.undo() == "The locker of Maria is 4821." and not other.conversation.begun
+    cache, metadata = load_prompt_cache(str(file), return_metadata=True)
+    saved = json.loads(metadata["ksa_mlx"])
+    del saved["asked"], saved["documents"]
+    save_prompt_cache(str(file), cache, {**metadata, "ksa_mlx": json.dumps(saved)})
+    other.load(file)
+    assert other.tokens == held and not other.conversation.documents
