@@ -30,7 +30,7 @@ MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "t
 MARKDOWN.disable("reference")
 MARKDOWN.block.ruler.at("list", _list, {"alt": ["paragraph", "blockquote"]})
 
-# Frames a second of an answer that is written.
+# Frames a second of what changes on the screen.
 FRAMES = 12
 
 

@@ -17,12 +17,12 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from .screen import console, is_terminal, say
+from .screen import FRAMES, console, is_terminal, say
 from .session import Session
 
 # Seconds until a spinner is shown, until a bar takes its place, and until a Ctrl-C is answered if
 # the step still runs.
-SPINNER, BAR, PATIENCE = 0.15, 1.0, 0.3
+SPINNER, BAR, PATIENCE = 0.1, 1.0, 0.3
 
 STOPPING = "stopping after this step"
 
@@ -41,7 +41,8 @@ class Waiting:
         self.live: Live | None = None
         if wanted and is_terminal(sys.stderr):
             # A thread of its own draws it, while MLX computes.
-            self.live = Live(self, console=console(sys.stderr), transient=True)
+            err = console(sys.stderr)
+            self.live = Live(self, console=err, transient=True, refresh_per_second=FRAMES)
 
     def __enter__(self) -> "Waiting":
         if self.live:
