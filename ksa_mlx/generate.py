@@ -33,6 +33,7 @@ from .checkpoint.load import load
 from .checkpoint.source import fetch_config
 from .config import is_ksa
 from .errors import KSAError, SessionError, one_line
+from .stock.prompt_lookup import PromptLookup
 
 # Tokens that a chat's cache can take back, for /undo and /again: a question and its answer.
 ROLLBACK = 512
@@ -80,7 +81,7 @@ def options(args: argparse.Namespace, tokenizer, head_dim: int) -> dict[str, Any
             repetition_context_size=args.repetition_context_size,
         ),
     }
-    names = ["prefill_step_size", "num_draft_tokens"]
+    names = ["prefill_step_size"]
     if args.kv_bits is not None:
         names += ["kv_bits", "kv_group_size", "quantized_kv_start"]
         if head_dim % args.kv_group_size:
@@ -88,7 +89,8 @@ def options(args: argparse.Namespace, tokenizer, head_dim: int) -> dict[str, Any
                 f"--kv-group-size: found {args.kv_group_size}, expected a divisor of the model's "
                 f"head_dim = {head_dim}"
             )
-    return {**found, **{name: getattr(args, name) for name in names}}
+    found |= {name: getattr(args, name) for name in names}
+    return {**found, "num_draft_tokens": args.prompt_lookup or args.num_draft_tokens}
 
 
 def template_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -118,10 +120,11 @@ def on_references(args: argparse.Namespace, tokenizer, name: str):
 
 
 def load_draft(args: argparse.Namespace, tokenizer):
-    """The model of --draft-model, a KSA model or one of mlx-lm's; None without the flag."""
+    """The model of --draft-model, a KSA model or one of mlx-lm's, or what --prompt-lookup puts in
+    its place; None without the flags."""
     name = args.draft_model
     if name is None:
-        return None
+        return PromptLookup() if args.prompt_lookup else None
     try:
         if is_ksa(fetch_config(name)):
             draft, other = load(name, trust_remote_code=args.trust_remote_code)

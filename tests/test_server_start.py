@@ -42,6 +42,8 @@ def stock_restored(monkeypatch):
         (["--adapter-path", "./nosuch"], "--adapter-path: ./nosuch: no such folder"),
         (["--kv-bits", "7"], "--kv-bits: found 7, expected 2, 3, 4, 5, 6 or 8"),
         (["--kv-bits", "4", "--kv-group-size", "5"], "--kv-group-size: found 5, expected 32, 64"),
+        (["--prompt-lookup", "0"], "--prompt-lookup: found 0, expected 1 to 64"),
+        (["--prompt-lookup", "4", "--num-draft-tokens", "5"], "--num-draft-tokens: needs --draft"),
         (["--kv-text-bits", "8"], "--kv-text-bits: needs --kv-bits"),
         (["--kv-bits", "4", "--kv-value-bits", "1"], "--kv-value-bits: found 1, expected 2, 3"),
         (["--prompt-cache-dir", "FILE"], "--prompt-cache-dir: "),

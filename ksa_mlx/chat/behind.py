@@ -18,7 +18,7 @@ def answer_behind(session: Session, file: Path, text: str) -> Generator[str, Non
         raise SessionError(f"{file}: found a saved conversation, expected a cache of a prompt")
     if session.draft_model:
         raise SessionError(
-            f"{file}: does not say which text it holds, which a draft model would have to read; "
+            f"{file}: does not say which text it holds, which drafts would need; "
             "a conversation saved with /save does"
         )
     suffix = session.conversation.suffix(text)

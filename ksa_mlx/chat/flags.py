@@ -13,8 +13,8 @@ from mlx_lm.generate import setup_arg_parser
 
 from ..errors import SessionError
 from ..memory.room import parse_size
-from ..stock.flags import LIMITS as KV
-from ..stock.flags import add_kv, flag
+from ..stock.flags import BOTH, add_kv, add_lookup, flag
+from ..stock.flags import LIMITS as SERVER
 
 # Flags of mlx-lm's that mean nothing here, and why.
 MEANINGLESS = {
@@ -38,7 +38,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda n: 0 <= n < 2**64, "at least 0 and less than 2**64"),
     "prefill_step_size": (lambda n: n >= 1, "at least 1"),
     "num_draft_tokens": (lambda n: n >= 1, "at least 1"),
-    **KV,
+    **SERVER,
 }
 
 # Flags that mean something beside another one only.
@@ -59,6 +59,7 @@ SAMPLING = ("top_p", "min_p", "top_k", "xtc_probability")
 
 # Flags that exclude each other, and why.
 EXCLUSIVE = (
+    ("prompt_lookup", "draft_model", BOTH),
     ("demo", "prompt", "it asks questions of its own"),
     ("demo", "system_prompt", "it reads a notebook of its own"),
     ("demo", "prompt_cache_file", "it reads a notebook of its own"),
@@ -110,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
         "--draft-model", help="A smaller model (KSA or plain) that proposes tokens: same answer."
     )
     add_kv(p)
+    add_lookup(p)
     p.add_argument(
         "--memory-limit",
         type=parse_size,

@@ -3,6 +3,7 @@
 import mlx.core as mx
 
 from ..cache.storage import Affine, Segment, segments_of
+from ..stock.prompt_lookup import PromptLookup
 from .session import Session
 
 
@@ -62,7 +63,10 @@ def report(session: Session) -> str:
         ]
         if session.draft_model:
             share = u.drafted / max(u.generation_tokens, 1)
-            lines.append(f"Draft model: proposed {u.drafted:,} of them ({share:.0%})")
+            who = (
+                "Prompt lookup" if isinstance(session.draft_model, PromptLookup) else "Draft model"
+            )
+            lines.append(f"{who}: proposed {u.drafted:,} of them ({share:.0%})")
     lines.append(f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB")
     lines.append(cache_line(session))
     return "\n".join(lines)

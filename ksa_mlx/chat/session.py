@@ -23,6 +23,7 @@ from ..memory.room import Room
 from ..model import Model
 from ..references.trace import Trace, question_start, trace_answer
 from ..stock.ids import unknown
+from ..stock.prompt_lookup import PromptLookup
 from . import prompt_cache_file, reading
 from .conversation import Conversation, Document
 
@@ -63,6 +64,7 @@ class Session:
         options: further arguments of `mlx_lm.stream_generate`: sampler, logits_processors,
             prefill_step_size (at most; steps are shorter on a slow machine), kv_bits, ...
         draft_model: proposes tokens, options' `num_draft_tokens` at a time; the answer is the same.
+            Or a `PromptLookup`.
         text_bits: those of the windows' text in a quantised cache, if not `kv_bits` too.
         memory_limit: bytes that all of it may take; None: what the device has.
         rollback: tokens before the furthest one read that the cache can always take back.
@@ -117,7 +119,8 @@ class Session:
 
     @property
     def _models(self) -> list[Any]:
-        return [self.model] if self.draft_model is None else [self.model, self.draft_model]
+        drafts = self.draft_model
+        return [self.model] if isinstance(drafts, PromptLookup | None) else [self.model, drafts]
 
     def _make_cache(self, model) -> list[Any]:
         if not isinstance(model, Model):
@@ -333,6 +336,9 @@ class Session:
             ]
         if self.draft_model:
             options["draft_model"] = self.draft_model
+        if isinstance(self.draft_model, PromptLookup):
+            self.draft_model.text = [*self.tokens, *new[-1:]]
+        elif self.draft_model:
             # mlx-lm would quantise copies of the cache list, so it is done before the answer.
             if quantize and len(self.tokens) + 1 >= quantize["quantized_kv_start"]:
                 own = self.own_cache

@@ -70,7 +70,13 @@ def run(command: str, argv: list[str]) -> int:
 def _flags(argv: list[str]) -> argparse.Namespace:
     """The flags of mlx-lm that concern us; its own parser has the last word on all."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    for flag in ("--model", "--draft-model", "--max-kv-size", "--num-draft-tokens"):
+    for flag in (
+        "--model",
+        "--draft-model",
+        "--max-kv-size",
+        "--num-draft-tokens",
+        "--prompt-lookup",
+    ):
         parser.add_argument(flag)
     try:
         return parser.parse_known_args(argv)[0]
@@ -92,8 +98,8 @@ def _check_is_there(flag: str, name: str):
 
 
 def reach_of_drafts(args: argparse.Namespace) -> int | None:
-    """The rollback that a command line with a draft model needs; None without one."""
-    if args.draft_model is None:
+    """The rollback that a command line with drafts needs; None without."""
+    if args.draft_model is None and args.prompt_lookup is None:
         return None
     number = args.num_draft_tokens or ""
     return max(ENOUGH, int(number) if number.isdecimal() else 0)

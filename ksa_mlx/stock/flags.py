@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ..cache.rollback import ENOUGH
 from ..errors import KSAError
 from ..memory.room import parse_size
 
@@ -24,7 +25,11 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kv_value_bits": _one_of(*BITS),
     "kv_group_size": _one_of(32, 64, 128),
     "quantized_kv_start": (lambda n: n >= 0, "at least 0"),
+    "prompt_lookup": (lambda n: 1 <= n <= ENOUGH, f"1 to {ENOUGH}"),
 }
+
+# Why a text does not draft beside a draft model.
+BOTH = "both propose tokens"
 
 # Flags that mean something beside another one only.
 NEEDS = {"kv_text_bits": "kv_bits", "kv_value_bits": "kv_bits"}
@@ -58,6 +63,17 @@ def _prompt_cache(parser: argparse.ArgumentParser):
     )
 
 
+def add_lookup(parser: argparse.ArgumentParser):
+    """Add the flag that lets a text draft for itself."""
+    parser.add_argument(
+        "--prompt-lookup",
+        type=int,
+        metavar="N",
+        help="Propose up to N tokens that followed the last ones before: same answer, in fewer "
+        "steps where it copies.",
+    )
+
+
 def _memory(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--memory-limit",
@@ -69,7 +85,12 @@ def _memory(parser: argparse.ArgumentParser):
 
 
 # One function a subject, in the order of the help.
-GROUPS: list[Callable[[argparse.ArgumentParser], None]] = [_prompt_cache, _memory, add_kv]
+GROUPS: list[Callable[[argparse.ArgumentParser], None]] = [
+    _prompt_cache,
+    _memory,
+    add_kv,
+    add_lookup,
+]
 
 
 def flag(name: str) -> str:
@@ -86,6 +107,8 @@ def check(args: argparse.Namespace):
     for name, other in NEEDS.items():
         if getattr(args, name) is not None and getattr(args, other) is None:
             raise KSAError(f"{flag(name)}: needs {flag(other)}")
+    if args.prompt_lookup is not None and args.draft_model is not None:
+        raise KSAError(f"--prompt-lookup: not together with --draft-model: {BOTH}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,6 +119,10 @@ class Parser(argparse.ArgumentParser):
             group(self)
         found = super().parse_args(*args, **kwargs)
         check(found)
+        if found.prompt_lookup is not None:
+            if found.num_draft_tokens != self.get_default("num_draft_tokens"):
+                raise KSAError("--num-draft-tokens: needs --draft-model")
+            found.num_draft_tokens = found.prompt_lookup  # which a request can lower
         return found
 
 

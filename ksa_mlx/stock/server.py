@@ -38,6 +38,7 @@ from .handler import Handler
 from .identity import Identities
 from .ids import table_of
 from .prompt_cache import PromptCache
+from .prompt_lookup import PromptLookup
 from .replies import Replies
 from .requests import check_against
 
@@ -53,6 +54,9 @@ class ModelProvider(mlx_lm.server.ModelProvider):
         if isinstance(self.model, Model):
             self.model.text_bits = self.cli_args.kv_text_bits
             self.model.value_bits = self.cli_args.kv_value_bits
+        if self.cli_args.prompt_lookup is not None:
+            stand_in: Any = PromptLookup()
+            self.draft_model, self.is_batchable = stand_in, False
 
     def has(self, wanted: Any) -> bool:
         """Whether that `ModelDescription` is of the model that is loaded."""
@@ -133,6 +137,8 @@ class ResponseGenerator(mlx_lm.server.ResponseGenerator):
         except Exception as e:  # whatever a template or a tokenizer makes of it
             param = "messages" if request.request_type == "chat" else "prompt"
             raise RequestError(param, one_line(e)) from None
+        if isinstance(self.model_provider.draft_model, PromptLookup):
+            self.model_provider.draft_model.text = list(found[0])
         check_against(found[0], args, *self._measure())
         self._check_room(len(found[0]), args)
         args.piece = lambda token: tokenizer.decode([token])
@@ -166,7 +172,8 @@ class ResponseGenerator(mlx_lm.server.ResponseGenerator):
             if flags.kv_bits is not None:
                 start = flags.quantized_kv_start
                 quantised = Quantised(flags.kv_bits, flags.kv_group_size, start)
-            models = [m for m in (provider.model, provider.draft_model) if m is not None]
+            both = provider.model, provider.draft_model
+            models = [m for m in both if not isinstance(m, PromptLookup | None)]
             self._room = Room(models, flags.memory_limit, quantised, flags.prefill_step_size)
         running = {
             replies: other.length
@@ -206,6 +213,8 @@ class ResponseGenerator(mlx_lm.server.ResponseGenerator):
             arguments.num_draft_tokens = min(arguments.num_draft_tokens, rollback)
         if isinstance(replies, Replies):
             replies.alone = True
+        if isinstance(self.model_provider.draft_model, PromptLookup):
+            self.model_provider.draft_model.progress = lambda *done: replies.put(done)
         return super()._serve_single(request, *args, **kwargs)
 
 
