@@ -69,7 +69,7 @@ def _rows(queries, keys, values, summaries, cache, call) -> Attended:
         if together:
             moves = row.place.advance(n, step.first, step.last)
             texts += row.begin(moves, pair, own)
-            segments.append(row.append(moves.pieces[0], *pair))
+            segments.append(row.seen(*moves.pieces[0][2:]))
             if moves.behind:
                 texts.append(row.copy_of(moves.behind))
             continue
@@ -94,15 +94,11 @@ def _step(
     moves = cache.place.advance(step.length, step.first, step.last)
     if moves is None:
         return _many(queries, pair, summaries, cache, step, kernels)
-    texts = cache.begin(moves, pair, summaries)
-    if len(moves.pieces) == 1:
-        out = decode(queries, cache.append(moves.pieces[0], *pair), kernels)
-    else:
-        outputs = []
-        for piece in moves.pieces:
-            q, *part = (x[:, :, piece.start : piece.stop] for x in text)
-            outputs.append(decode(q, cache.append(piece, *part), kernels))
-        out = mx.concatenate(outputs, axis=2)
+    texts, outputs = cache.begin(moves, pair, summaries), []
+    for start, stop, count, ranges in moves.pieces:
+        part = queries if len(moves.pieces) == 1 else queries[:, :, start:stop]
+        outputs.append(decode(part, cache.seen(count, ranges), kernels))
+    out = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
     if moves.behind:
         texts.append(cache.copy_of(moves.behind))
     return out, texts

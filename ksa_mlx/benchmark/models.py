@@ -89,7 +89,7 @@ def filled(cache, args: ModelArgs, n: int, dtype: mx.Dtype, random: bool = True)
     if isinstance(cache, RollingSummaryCache):
         place, storage = cache.place, cache.storage
         chunks = max(0, (n - 1) // place.chunk - place.window)
-        cache.place = place._replace(offset=n, summarised=chunks, oldest=chunks)
+        cache.place = place._replace(offset=n, summarised=chunks, oldest=chunks, rolled=chunks)
         text = min(n, (place.window + 1) * place.chunk)
         storage.reserve(chunks * place.summary_tokens, text, like, like)
         if random:

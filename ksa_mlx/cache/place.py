@@ -3,12 +3,16 @@
 Text slots count from 0, summaries in the order of the text; `storage.py` says where either is in
 memory. Text lies in order until the window is full. From then on::
 
-    | ring: the last W closed chunks | open chunk |
+    | ring: the last W closed chunks | open chunk | the next ones
 
-Each chunk is written in the open slots; when the next one begins, it moves into the ring, where
+Each chunk is written in the open slots; when a call begins behind it, it moves into the ring, where
 the chunk lies that leaves the window: k entries copied every k tokens. So what a query sees is
-always all text slots up to its own, in no matter which order: RoPE is applied before caching and
+mostly all text slots up to its own, in no matter which order: RoPE is applied before caching and
 softmax does not care.
+
+A call that begins in the open chunk and ends in another moves nothing, as its first tokens see what
+its last do not: it writes on behind the open slots, and its last tokens leave out the chunks that
+have left their window. The next call moves them.
 """
 
 from collections.abc import Iterator
@@ -22,6 +26,9 @@ import numpy as np
 CAPACITY = 256
 
 
+Ranges = tuple[tuple[int, int], ...]  # of text slots: start, stop
+
+
 class Reading(NamedTuple):
     """Slots of some text in order: first those in the undo ring, then those of the window.
 
@@ -33,53 +40,47 @@ class Reading(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """What is read once a chunk is full, before the next one begins and overwrites it.
+    """What is read once chunks are full, before the next call moves them and overwrites others.
 
-    closed: the slots of the full chunk. left: those of the chunk that will leave the window, None
-    if nobody needs its text. undo: where the latter goes in the undo ring, None without one.
+    text: the slots of the text from the open chunk on. left: those of the chunks that will leave
+    the window, None if nobody needs their text.
     """
 
-    closed: np.ndarray
+    text: np.ndarray
     left: np.ndarray | None
-    undo: int | None
 
 
 class Piece(NamedTuple):
     """Tokens start .. stop - 1 of a call, which all see the same summaries.
 
-    slot: where the first of them is written. rolls: whether a chunk begins with it, and the full
-    one before moves into the ring, to slot `ring` (None without a window). summaries, text: how
-    many of each the last token sees. ahead: what is read behind it. after: where the cache stands
-    then.
+    summaries: how many they see. ranges: the text that the last one sees, which comes last.
     """
 
     start: int
     stop: int
-    slot: int
-    rolls: bool
-    ring: int | None
     summaries: int
-    text: int
-    ahead: Ahead | None
-    after: "Place"
+    ranges: Ranges
 
 
 class Moves(NamedTuple):
     """What one call of few tokens does to a cache; the same in all layers of one window.
 
-    summaries, text: how many of each there must be room for. pieces: the tokens, in order. The
-    text of the chunks that the call summarises, in order: `before` is read before anything is
-    written, from what was read ahead where `is_ahead`; `new` are tokens of the call; `behind` is
-    read at the end.
+    summaries, text: how many of each there must be room for. rolls: whether full chunks move into
+    the ring first. slot: where the first token is written. pieces: the tokens, in order. The text
+    of the chunks that the call summarises: `before` is what of those that leave the window is read
+    before anything moves, in tokens; `behind` is read at the end. ahead: what is read then for the
+    next call. after: where the cache stands then.
     """
 
     summaries: int
     text: int
+    rolls: bool
+    slot: int
     pieces: list[Piece]
-    before: Reading | None
-    is_ahead: bool
-    new: slice | None
+    before: slice | None
     behind: Reading | None
+    ahead: Ahead | None
+    after: "Place"
 
 
 class Place(NamedTuple):
@@ -87,7 +88,8 @@ class Place(NamedTuple):
 
     chunk: k. summary_tokens: s. window: W, in chunks. rollback: tokens before the furthest one
     read that can be taken back. offset: text tokens read. summarised: chunks whose summaries are
-    stored. oldest: the oldest chunk whose text is still held.
+    stored. oldest: the oldest chunk whose text is still held. rolled: chunks that have left the
+    ring.
     """
 
     chunk: int
@@ -97,42 +99,60 @@ class Place(NamedTuple):
     offset: int = 0
     summarised: int = 0
     oldest: int = 0
+    rolled: int = 0
 
     @property
     def undo(self) -> int:
-        """Chunks in the undo ring: N tokens back cross at most so many chunk edges, and one more
-        chunk is there already when it is about to leave the window."""
-        return -(-self.rollback // self.chunk) + 1 if self.rollback else 0
+        """Chunks in the undo ring: N tokens back cross at most so many chunk edges."""
+        return -(-self.rollback // self.chunk)
 
     @property
     def open(self) -> int:
-        """The chunk in the open slots. A full one stays there until the next one begins."""
+        """The last token's chunk."""
         return max(self.offset - 1, 0) // self.chunk
+
+    @property
+    def base(self) -> int:
+        """The chunk in the open slots; a later one lies behind them."""
+        return self.window + self.rolled
+
+    @property
+    def full(self) -> int:
+        """How many chunks move into the ring when the next call begins."""
+        return max(0, self.offset // self.chunk - self.base)
 
     @property
     def stored(self) -> int:
         """How many summaries are stored."""
         return self.summarised * self.summary_tokens
 
-    @property
-    def seen(self) -> tuple[int, int]:
-        """How many summaries and how many text slots the last token sees."""
-        moved = max(0, self.open - self.window)
-        return self.summary_tokens * moved, self.offset - moved * self.chunk
-
     def room(self, length: int) -> int:
         """Text slots that there must be to read so many more tokens."""
-        room, read = (self.window + 1) * self.chunk, self.offset + length
-        return min(room, -(-read // CAPACITY) * CAPACITY)
+        k, W = self.chunk, self.window
+        last = self.offset + length - max(self.rolled, self.offset // k - W) * k
+        on = self.rollback or (last > (W + 1) * k and length <= 2 * k)
+        return min((W + 3 if on else W + 1) * k, -(-last // CAPACITY) * CAPACITY)
 
     def slot(self, chunk: int) -> int:
         """Where a chunk of the window starts."""
-        place = min(chunk, self.window) if chunk == self.open else chunk % self.window
-        return place * self.chunk
+        ahead = chunk - self.window - self.rolled
+        return (self.window + ahead if ahead >= 0 else chunk % self.window) * self.chunk
+
+    def seen(self, offset: int) -> tuple[int, Ranges]:
+        """How many summaries, and which text slots, the last of `offset` tokens sees."""
+        k, chunks = self.chunk, max(0, max(offset - 1, 0) // self.chunk - self.window)
+        found, at = [], 0
+        if chunks > self.rolled:
+            for slot in sorted([self.slot(c) for c in range(self.rolled, chunks)]):
+                if slot > at:
+                    found.append((at, slot))
+                at = slot + k
+        found.append((at, offset - self.rolled * k))
+        return chunks * self.summary_tokens, tuple(found)
 
     def read(self, start: int, stop: int) -> Reading:
         """Where the text tokens start .. stop - 1 lie; start opens a chunk."""
-        k, entered, length = self.chunk, self.open - self.window, stop - start
+        k, entered, length = self.chunk, self.rolled, stop - start
         chunks, parts = range(start // k, -(-stop // k)), []
         gone = [c % self.undo * k for c in chunks if c < entered]
         held = [self.slot(c) for c in chunks if c >= entered]
@@ -151,14 +171,13 @@ class Place(NamedTuple):
             )
 
     def ahead(self) -> Ahead:
-        """What to read now that the open chunk is full."""
-        leaving = self.open - self.window
-        closed = self.read(self.open * self.chunk, self.offset).text
-        assert closed is not None
-        if not self.undo and leaving < self.summarised:
-            return Ahead(closed, None, None)
-        left = self.read(leaving * self.chunk, (leaving + 1) * self.chunk).text
-        return Ahead(closed, left, leaving % self.undo * self.chunk if self.undo else None)
+        """What to read now that chunks are full."""
+        k, gone = self.chunk, self.rolled + self.full
+        text = self.read(self.base * k, self.offset).text
+        assert text is not None
+        if not self.undo and gone <= self.summarised:
+            return Ahead(text, None)
+        return Ahead(text, self.read(self.rolled * k, gone * k).text)
 
     def is_one_piece(self, length: int) -> bool:
         """Whether a call of so many tokens sees the same summaries throughout."""
@@ -172,41 +191,30 @@ class Place(NamedTuple):
         None for many tokens, of which some leave the window: those are not read in pieces. Raises
         ValueError where a summary is missing that the text needs.
         """
-        k, W = self.chunk, self.window
-        edges = [0, *range(k - self.offset % k, length, k), length]
-        if self.offset + length <= (W + 1) * k:
-            # All text stays in the window: its tokens see the same summaries, none.
-            edges = [0, length]
-        elif length > 2 * k:
+        k, W, end = self.chunk, self.window, self.offset + length
+        whole = end <= (W + 1) * k  # in the window: its tokens see the same summaries, none
+        if not whole and length > 2 * k:
             return None
-        at = self._replace(summarised=max(self.summarised, last))
-        # Reading on overwrites the chunks that leave the window.
-        before, is_ahead, new = None, False, None
-        leaving = min(last, (self.offset + length - 1) // k - W)
-        if first < leaving:
-            if first * k < self.offset:
-                before = self.read(first * k, min(leaving * k, self.offset))
-                is_ahead = first == leaving - 1 == self.open - W
-            new = slice(max(first * k - self.offset, 0), max(leaving * k - self.offset, 0))
-            new = new if new.start < new.stop else None
-        pieces = []
-        for start, stop in pairwise(edges):
-            chunk = at.offset // k
-            rolls = at.offset % k == 0 and chunk > W
-            slot = min(chunk, W) * k + at.offset % k
-            if rolls:
-                at.check_summarised(chunk - W)
-                at = at._replace(oldest=max(at.oldest, chunk - W - at.undo))
-            at = at._replace(offset=at.offset + stop - start)
-            ahead = at.ahead() if at.offset % k == 0 and at.offset > W * k else None
-            ring = (chunk - 1) % W * k if rolls and W else None
-            if ahead and ahead.undo is not None:
-                at = at._replace(oldest=max(at.oldest, at.open - W + 1 - at.undo))
-            pieces.append(Piece(start, stop, slot, rolls, ring, *at.seen, ahead, at))
-        behind = None
-        if max(first, leaving) < last:
-            behind = at.read(max(first, leaving) * k, min(last * k, at.offset))
-        return Moves(at.stored, self.room(length), pieces, before, is_ahead, new, behind)
+        full = max(0, self.offset // k - W - self.rolled)
+        at = self._replace(summarised=max(self.summarised, last), offset=end)
+        at.check_summarised((end - 1) // k - W)
+        rolled = self.rolled + full
+        if full:
+            at = at._replace(rolled=rolled, oldest=max(at.oldest, rolled - self.undo))
+        leaving = max(first, min(last, rolled))
+        before = slice((first - self.rolled) * k, (leaving - self.rolled) * k)
+        edges = [0, length] if whole else [0, *range(k - self.offset % k, length, k), length]
+        return Moves(
+            at.summarised * self.summary_tokens,
+            self.room(length),
+            full > 0,
+            self.offset - rolled * k,
+            [Piece(a, b, *at.seen(self.offset + b)) for a, b in pairwise(edges)],
+            before if first < leaving else None,
+            at.read(leaving * k, last * k) if leaving < last else None,
+            at.ahead() if end // k > W + rolled else None,
+            at,
+        )
 
     def runs(self, size: int, first: int, length: int) -> Iterator[tuple[int, slice]]:
         """Where `length` tokens from chunk `first` on lie in a ring of `size` chunks."""

@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache
 
 from .batch import BatchRollingSummaryCache
-from .place import Ahead, Moves, Piece, Place, Reading
+from .place import Ahead, Moves, Place, Ranges, Reading
 from .storage import PLAIN, Affine, Apart, Buffer, Joined, Planes, Segment, join
 
 # The layout of `state`.
@@ -20,8 +20,8 @@ class RollingSummaryCache(_BaseCache):
     """Keys and values of one windowed layer: the text of the window, summaries of all before it.
 
     `place` says where things lie, `storage` in which form. MLX changes a buffer in place only if
-    nothing else in flight reads it. So what a roll moves is read one step ahead (`_ahead`), and a
-    step writes first and reads then.
+    nothing else in flight reads it. So what a roll moves is read one call ahead (`_ahead`), and a
+    call writes first and reads then.
 
     With `rollback=N` the chunks that left the window last are kept in a small ring of their own,
     so that the text can always be taken back exactly to N tokens before its furthest end so far.
@@ -51,8 +51,9 @@ class RollingSummaryCache(_BaseCache):
         self.text_bits, self.value_bits = text_bits, value_bits
         self.storage: Joined | Apart = Joined()
         self.undo = Buffer(PLAIN)
-        # A full open chunk, and the one that will leave the window, if somebody needs it.
+        # The text from the open chunk on, and what will leave the window, if somebody needs it.
         self._ahead: tuple[Planes, Planes | None] | None = None
+        self._beside: Planes = []  # what must be evaluated with what the call sees
 
     @property
     def offset(self) -> int:
@@ -64,65 +65,76 @@ class RollingSummaryCache(_BaseCache):
         chunks summarised."""
         return [(self.place.offset, length, self.place.summarised)]
 
-    # Reading on: `begin`, then `append` for each piece; or `extend`
+    # Reading on: `begin`, then `seen` for each piece; or `extend`
 
     def begin(self, moves: Moves, text: Pair, summaries: Pair | None) -> list[Pair]:
-        """Make room for a call and store its summaries.
+        """Append the tokens of a call, and store its summaries.
 
         Args: moves: `place.advance` of the call. text, summaries: its keys and values. Returns
-        the text that the summaries need and that the call is about to overwrite, in pieces.
+        the text that the summaries need and that the call overwrites, in pieces.
         """
-        storage, place = self.storage, self.place
+        storage, place, parts = self.storage, self.place, []
         storage.reserve(moves.summaries, moves.text, *text)
-        if summaries is None:
-            return []
-        storage.put_summaries(place.stored, *summaries)
-        parts = []
-        if moves.is_ahead and self._ahead and self._ahead[1]:
-            parts.append(storage.form.decode(self._ahead[1]))
-        elif moves.before:
-            parts.append(self.copy_of(moves.before))
-        if moves.new:
-            new = (x[:, :, moves.new] for x in text)
-            parts.append(storage.form.decode(storage.form.encode(*new)))
+        if moves.rolls and self._ahead is None:
+            # Taken back to here, or read from a file.
+            self._ahead = self._taken(place.ahead())
+        if summaries is not None:
+            storage.put_summaries(place.stored, *summaries)
+            if moves.before and self._ahead and self._ahead[1]:
+                left = [x[:, :, moves.before] for x in self._ahead[1]]
+                parts.append(storage.form.decode(left))
+        new = self._roll(moves.after) if moves.rolls else []
+        self._put(moves.slot, storage.form.encode(*text))
+        self.place, self._ahead = moves.after, None
+        if moves.ahead:
+            self._ahead = self._taken(moves.ahead)
+            new = [*new, *self._ahead[0], *(self._ahead[1] or [])]
+        self._beside = new
         return parts
 
-    def append(self, piece: Piece, keys: mx.array, values: mx.array) -> list[Segment]:
-        """Append the tokens of a piece. Returns what its last token sees: the last slots of the
-        last segment are the new tokens, so the causal mask is the right one."""
-        storage = self.storage
-        if piece.rolls:
-            self._roll(piece)
-        self._put(piece.slot, storage.form.encode(keys, values))
-        segments = storage.segments(piece.summaries, piece.text)
-        self.place = piece.after
-        if piece.ahead:
-            # Whoever reads the segments also reads ahead, before the next step writes.
-            ahead = self._read_ahead(piece.ahead)
-            segments = [one.behind(ahead) for one in segments]
-        return segments
+    def seen(self, summaries: int, ranges: Ranges) -> list[Segment]:
+        """Segments of the first summaries and of ranges of text slots, the last of them last."""
+        storage, (start, stop), left = self.storage, ranges[0], self.storage.left
+        found = storage.segments(summaries, 0 if start else stop)
+        if start or len(ranges) > 1:
+            found = [one for one in found if one.start < one.stop]
+            more = ranges if start else ranges[1:]
+            found += [storage.text.segment(left + a, left + b) for a, b in more]
+        if self._beside:
+            # Whoever reads the segments also reads ahead, before the next call writes.
+            found, self._beside = [one.behind(self._beside) for one in found], []
+        return found
 
     def copy_of(self, reading: Reading) -> Pair:
         """A copy of some text, in order: keys and values as they are read."""
         return self.storage.form.decode(self._read(reading))
 
-    def _read_ahead(self, ahead: Ahead) -> Planes:
-        closed = self.storage.take(ahead.closed)
+    def _taken(self, ahead: Ahead) -> tuple[Planes, Planes | None]:
         left = None if ahead.left is None else self.storage.take(ahead.left)
-        self._ahead = closed, left
-        if ahead.undo is None or left is None:
-            return closed + (left or [])
-        self._put_undo(ahead.undo, left)
-        return closed + self.undo.planes
+        return self.storage.take(ahead.text), left
 
-    def _roll(self, piece: Piece):
-        """A chunk begins: the full one enters the ring, where another one leaves it."""
-        if self._ahead is None:
-            # Taken back to here, or read from a file.
-            self._read_ahead(self.place.ahead())
-        if piece.ring is not None and self._ahead:
-            self._put(piece.ring, self._ahead[0])
-        self._ahead = None
+    def _roll(self, to: Place) -> Planes:
+        """Full chunks enter the ring, where others leave it. Returns what the undo ring holds."""
+        assert self._ahead
+        place, k, W, U = self.place, self.place.chunk, self.place.window, self.place.undo
+        text, left = self._ahead
+
+        def part(planes: Planes, start: int, stop: int) -> Planes:
+            return [x[:, :, start * k : stop * k] for x in planes]
+
+        first = max(place.base, to.rolled)
+        if first < to.base:
+            entering = part(text, first - place.base, to.base - place.base)
+            self._put_ring(self._put, W, first, entering)
+        if to.base * k < place.offset:
+            rest = slice((to.base - place.base) * k, place.offset - place.base * k)
+            self._put(W * k, [x[:, :, rest] for x in text])
+        if not U or left is None:
+            return []
+        first = max(place.rolled, to.rolled - U)
+        leaving = part(left, first - place.rolled, to.rolled - place.rolled)
+        self._put_ring(self._put_undo, U, first, leaving)
+        return self.undo.planes
 
     def _read(self, reading: Reading) -> Planes:
         """A copy of some text, in order, as it is held."""
@@ -159,11 +171,12 @@ class RollingSummaryCache(_BaseCache):
         """
         storage, place = self.storage, self.place
         k, W, U, end = place.chunk, place.window, place.undo, place.offset + keys.shape[2]
-        storage.reserve(last * place.summary_tokens, (W + 1) * k, keys, values)
+        room = place.room(keys.shape[2])
+        storage.reserve(last * place.summary_tokens, room, keys, values)
         if summaries is not None:
             storage.put_summaries(place.stored, *summaries)
             place = place._replace(summarised=last)
-        old, new = place.open, (end - 1) // k
+        new = (end - 1) // k
         place.check_summarised(new - W)
         start = max(place.oldest, min(place.offset // k - W, new - W - U, first), 0)
         text = storage.form.encode(keys, values)
@@ -176,13 +189,14 @@ class RollingSummaryCache(_BaseCache):
 
         self._ahead = None
         if U:
-            leaving = max(start, new - W - U + 1)
-            self._put_ring(self._put_undo, U, leaving, chunks(leaving, new - W + 1))
+            leaving = max(start, new - W - U)
+            self._put_ring(self._put_undo, U, leaving, chunks(leaving, new - W))
         if W:
-            closed = max(new - W, old)
+            closed = max(new - W, min(place.open, place.base))
             self._put_ring(self._put, W, closed, chunks(closed, new))
         self._put(W * k, chunks(new, new + 1))
-        self.place = place._replace(offset=end, oldest=max(place.oldest, new - W - max(U - 1, 0)))
+        oldest = max(place.oldest, new - W - U)
+        self.place = place._replace(offset=end, oldest=oldest, rolled=new - W)
         return *storage.form.decode(text), start * k
 
     def summaries(self, chunks: int | None = None) -> Pair:
@@ -202,7 +216,7 @@ class RollingSummaryCache(_BaseCache):
     @property
     def visible(self) -> list[Segment]:
         """What the last token sees."""
-        return self.storage.segments(*self.place.seen)
+        return self.seen(*self.place.seen(self.place.offset))
 
     def depend_on(self, h: mx.array):
         """Make whoever evaluates the cache evaluate h too."""
@@ -229,27 +243,28 @@ class RollingSummaryCache(_BaseCache):
             return 0
         to = place._replace(offset=place.offset - n)
         to = to._replace(summarised=min(to.summarised, to.offset // k))
-        old, new = place.open, to.open
-        oldest = max(new - W, 0)
+        oldest = max(to.open - W, 0)
         if to.offset and (not self.is_trimmable() or oldest < place.oldest):
             raise ValueError(
                 f"RollingSummaryCache: cannot take back {n} of {place.offset} tokens; the text is "
                 f"held from token {place.oldest * k} on, for windows of {W * k} tokens and "
                 f"rollback={place.rollback}"
             )
-        moved = []
-        if to.offset and new != old:
-            back = max(min(new, old - W), oldest)
-            if oldest < back:
-                moved.append((oldest, self._read(place.read(oldest * k, back * k))))
-            moved.append((new, self._read(place.read(new * k, (new + 1) * k))))
-        for chunk, held in moved:
-            if chunk == new:
-                self._put(to.slot(new), held)
-            else:
-                self._put_ring(self._put, W, chunk, held)
-        self._ahead = None
-        self.place = to if to.offset else to._replace(oldest=0)
+        if not to.offset:
+            self.place, self._ahead = to._replace(oldest=0, rolled=0), None
+            return n
+        if oldest < place.rolled:  # back over what has moved
+            to, back = to._replace(rolled=oldest), min(max(to.open, W), place.rolled)
+            held = self._read(place.read(oldest * k, back * k)) if oldest < back else None
+            opened = None
+            if to.open >= W:
+                opened = self._read(place.read(to.open * k, (to.open + 1) * k))
+            if held:
+                self._put_ring(self._put, W, oldest, held)
+            if opened:
+                self._put(W * k, opened)
+            self._ahead = None
+        self.place = to
         return n
 
     # What mlx-lm asks of a cache
@@ -271,7 +286,7 @@ class RollingSummaryCache(_BaseCache):
         if numbers.ndim != 1 or numbers.size < 1 or numbers[0].item() != STATE:
             raise ValueError("found the cache of another version of ksa-mlx; make it anew")
         _, *place, text_bits, value_bits, left = numbers.tolist()[: 4 + len(Place._fields)]
-        self.place, self._ahead = Place(*place), None
+        self.place, self._ahead, self._beside = Place(*place), None, []
         self.text_bits, self.value_bits = text_bits or None, value_bits or None
         rest = numbers.tolist()[4 + len(place) :]
         if len(rest) == 5:  # counts of two buffers, and one form

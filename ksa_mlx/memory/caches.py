@@ -123,21 +123,30 @@ class Sizes:
             due = (place.summarised + self.args.smallest_window + 1) * k - place.offset
             length = min(length, CAPACITY, due or 1)
         step = Step.plan(self.args, place.offset, length, place.summarised)
+        end, W = place.offset + length, place.window
+        moves = None if singly else place.advance(length, step.first, step.last)
+        if moves:
+            after, ahead, room = moves.after, moves.ahead, moves.text
+        else:
+            after = place._replace(
+                offset=end, summarised=step.last, rolled=max(0, (end - 1) // k - W)
+            )
+            ahead = after.ahead() if singly and after.full else None
+            # Of one token, the last, or of all at once.
+            n = 1 if singly else length
+            room = after._replace(offset=end - n).room(n)
         keys, values = like.storage.text.planes
         one = zeros(keys, 1), zeros(values, 1)
-        stored, end = step.last * place.summary_tokens, place.offset + length
-        cache.storage.reserve(stored, place.room(length), *one)
-        if place.undo and not cache.undo.planes and end >= (place.window + 1) * k:
-            form = cache.storage.form
+        form = cache.storage.form
+        cache.storage.reserve(after.stored, room, *one)
+        if place.undo and not cache.undo.planes and after.rolled:
             cache.undo.form = form
             cache.undo.grow(form.encode(*one), place.undo * k)
-        cache.place = place._replace(offset=end, summarised=step.last)
-        in_pieces = singly or place.advance(length, step.first, step.last) is not None
-        cache._ahead = None
-        if in_pieces and end % k == 0 and end > place.window * k:
-            chunk = cache.storage.form.encode(zeros(keys, k), zeros(values, k))
-            left = cache.place.undo or cache.place.open - place.window >= step.last
-            cache._ahead = chunk, chunk if left else None
+        cache.place, cache._ahead = after, None
+        if ahead:
+            sizes = (0 if slots is None else slots.size for slots in ahead)
+            held = (n and form.encode(zeros(keys, n), zeros(values, n)) for n in sizes)
+            cache._ahead = tuple(planes or None for planes in held)
         return length
 
 

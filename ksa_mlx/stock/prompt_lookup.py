@@ -97,9 +97,7 @@ def lookup_step(
     """
     cache = make_prompt_cache(model) if prompt_cache is None else prompt_cache
     if not can_trim_prompt_cache(cache):
-        raise ValueError(
-            "--prompt-lookup: found a cache that cannot be trimmed; make it with rollback"
-        )
+        raise ValueError("prompt lookup: found a cache that is not trimmable, expected a rollback")
     sampler = sampler or make_sampler(0)
     rest = prompt.tolist()
     own = lookup.text if lookup.text[-len(rest) :] == rest else rest

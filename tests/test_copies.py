@@ -1,0 +1,104 @@
+"""Calls of few tokens, across the edges of chunks too, change the window's buffers in place."""
+
+import random
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import ksa_mlx
+from ksa_mlx import naive
+from ksa_mlx.benchmark.models import filled
+
+from ._models import build, tokens, worst
+
+LARGE = {
+    "summary_sliding_chunk_num": 500,
+    "summary_chunk_size": 8,
+    "head_dim": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "max_position_embeddings": 200000,
+}
+
+
+def where(cache) -> list[int]:
+    """The addresses of a cache's buffers: a copy has another."""
+    planes = [x for buffer in cache.storage.buffers for x in buffer.planes]
+    return [np.asarray(x).__array_interface__["data"][0] for x in planes]
+
+
+def peaks(cache, model, schedule, in_place=True):
+    """Bytes above what is held, of each call of a schedule: (tokens read, tokens taken back)."""
+    found, moved = [], []
+    for read, back in schedule:
+        at, base = where(cache[0]), mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(model(tokens(read), cache=cache))
+        found.append(mx.get_peak_memory() - base)
+        for c in cache:
+            c.trim(back)
+        mx.eval([c.state for c in cache])
+        moved.append(sum(a != b for a, b in zip(at, where(cache[0]), strict=True)))
+    assert not (in_place and any(moved)), moved
+    return found
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 16])
+def test_verification_copies_no_window(rows, bits):
+    """Nearly all drafts are rejected, or nearly none, from every place within a chunk: no buffer
+    ever moves, neither in the call nor by what is taken back."""
+    n = 20000 - 6
+    model = build(**LARGE)
+    cache = [filled(c, model.args, n, mx.float32) for c in ksa_mlx.make_cache(model, 64)]
+    if bits:
+        cache = [c.to_quantized(32, bits) for c in cache]
+    mx.eval(cache[0].state)
+    # The first chunk moves what nobody has read ahead, and makes room.
+    peaks(cache, model, [(1, 0)] * 9, in_place=False)
+    few, many = [(rows, rows - 1)] * 20, [(rows, min(1, rows - 1))] * 12
+    got = peaks(cache, model, few + many)
+    if not bits:  # MLX's operations on packed numbers make contiguous copies of what they read
+        held = sum(x.nbytes for x in cache[0].storage.text.planes)
+        assert max(got) < held / 2, (held, got)
+
+
+def test_it_would_be_seen():
+    """The same where somebody holds the buffers."""
+    model = build(**LARGE)
+    cache = [filled(c, model.args, 20000, mx.float32) for c in ksa_mlx.make_cache(model, 64)]
+    for held in (None, list(cache[0].storage.text.planes)):
+        if held:
+            with pytest.raises(AssertionError, match="2"):
+                peaks(cache, model, [(2, 1)])
+        else:
+            peaks(cache, model, [(1, 0)] * 9, in_place=False)
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (4, 1), (4, 2), (3, 3), (8, 2), (1, 3)], ids=str)
+@pytest.mark.parametrize("summaries", [1, 2])
+def test_few_tokens_and_trims(shape, summaries):
+    """Random calls of 1 to 2 k tokens, each taken back in part, against the definition."""
+    k, window = shape
+    model = build(
+        summary_chunk_size=k, summary_sliding_chunk_num=window, summary_token_num=summaries
+    )
+    text = tokens(150, seed=k)
+    logits = naive.forward(model, text)
+    pick, cache, at = random.Random(window), ksa_mlx.make_cache(model, 2 * k), 0
+    while at < 140:
+        n = min(pick.randint(1, 2 * k), 150 - at)
+        out = model(text[:, at : at + n], cache=cache)
+        assert worst(out, logits[:, at : at + n]) < 1e-3, (at, n)
+        back = pick.choice([0, 0, pick.randint(0, n - 1), pick.randint(0, min(2 * k, at + n - 1))])
+        for c in cache:
+            c.trim(back)
+        at = cache[0].offset
+        summarised, ranges = cache[0].place.seen(at)
+        if at:
+            # All text of the window, each slot once, and a summary for each token before it.
+            slots = [x for a, b in ranges for x in range(a, b)]
+            first = max(0, (at - 1) // k - window)
+            assert len(slots) == len(set(slots)) == at - first * k
+            assert summarised == first * summaries
