@@ -334,8 +334,7 @@ class Session:
                 lambda tokens, logits, p=p: p(mx.concatenate([head, tokens]), logits)
                 for p in processors
             ]
-        if self.draft_model:
-            options["draft_model"] = self.draft_model
+        options["draft_model"] = self.draft_model
         if isinstance(self.draft_model, PromptLookup):
             self.draft_model.text = [*self.tokens, *new[-1:]]
         elif self.draft_model:
@@ -346,14 +345,8 @@ class Session:
                 self.cache[: len(own)] = own
             for name in quantize:
                 options.pop(name, None)
-        return stream_generate(
-            self.model,
-            self.tokenizer,
-            new[-1:],
-            max_tokens=limit,
-            prompt_cache=self.cache,
-            **options,
-        )
+        options |= {"max_tokens": limit, "prompt_cache": self.cache}
+        return stream_generate(self.model, self.tokenizer, new[-1:], **options)
 
     # References
 
