@@ -8,6 +8,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import QuantizedKVCache
 
 import ksa_mlx
+from ksa_mlx.attention.plan import BLOCK
 from ksa_mlx.benchmark.models import filled, ksa_args
 from ksa_mlx.cache.rolling import RollingSummaryCache
 
@@ -57,6 +58,15 @@ def test_any_split_is_the_same(text_bits):
     for sizes in ([7], [30, 1], [120], [19, 2]):
         # A number at the edge of two of the format's steps may be rounded either way.
         got = run(model, quantized(model, 8, text_bits=text_bits), text, sizes)
+        assert mx.abs(got - one).mean().item() < 2e-3 * mx.abs(one).mean().item(), sizes
+
+
+def test_many_rows_go_block_by_block():
+    """In full layers, whose scores of all rows would be held."""
+    model, text = model_of(), tokens(BLOCK * 2 + 90)
+    one = run(model, quantized(model, 8), text, [50])
+    for sizes in ([BLOCK * 2 + 90], [20, BLOCK + 1]):
+        got = run(model, quantized(model, 8), text, sizes)
         assert mx.abs(got - one).mean().item() < 2e-3 * mx.abs(one).mean().item(), sizes
 
 

@@ -6,9 +6,9 @@ import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..cache.full import BatchFullCache
-from ..cache.storage import join, part_of, segments_of
+from ..cache.storage import Segment, join, part_of, segments_of
 from .decode import attend, decode, decode_rows
-from .plan import Call, Step
+from .plan import BLOCK, Call, Step
 
 
 def full_attention(
@@ -22,7 +22,22 @@ def full_attention(
         # mlx-lm's function reads a quantised cache as it is.
         scale = queries.shape[-1] ** -0.5
         return scaled_dot_product_attention(queries, keys, values, cache, scale=scale, mask=mask)
-    return decode(queries, segments_of(cache), call.kernels)
+    return _in_blocks(queries, segments_of(cache), call)
+
+
+def _in_blocks(queries: mx.array, segments: list[Segment], call: Call) -> mx.array:
+    """Many queries over quantised keys and values, of which MLX holds all scores: block by block,
+    each after the one before."""
+    length = queries.shape[2]
+    outputs: list[mx.array] = []
+    for a in range(0, length, BLOCK):
+        b = min(a + BLOCK, length)
+        some, last = queries[:, :, a:b], segments[-1]
+        if outputs:
+            some = mx.depends([some], outputs[-1:])[0]
+        seen = last._replace(stop=last.stop - length + b)
+        outputs.append(decode(some, [*segments[:-1], seen], call.kernels))
+    return mx.concatenate(outputs, axis=2) if len(outputs) > 1 else outputs[0]
 
 
 def full_text(keys: Any, values: Any, cache: Any, call: Call) -> tuple[mx.array, mx.array]:

@@ -125,9 +125,8 @@ class Room:
         of them."""
         args = sizes.args
         heads = getattr(args, "num_attention_heads", 1)
-        if self.quantised and n > self.quantised.start:
-            return heads * rows * n * 5 // 4
-        if mx.default_device() == mx.gpu and getattr(args, "head_dim", None) in FUSED:
+        fused = mx.default_device() == mx.gpu and getattr(args, "head_dim", None) in FUSED
+        if fused and not (self.quantised and n > self.quantised.start):
             return 0
         return heads * min(rows, BLOCK) * n * 2 if sizes.ours else heads * rows * n * 5 // 4
 
