@@ -47,6 +47,8 @@ def stock_restored(monkeypatch):
         (["--kv-text-bits", "8"], "--kv-text-bits: needs --kv-bits"),
         (["--kv-bits", "4", "--kv-value-bits", "1"], "--kv-value-bits: found 1, expected 2, 3"),
         (["--prompt-cache-dir", "FILE"], "--prompt-cache-dir: "),
+        (["--prompt-cache-disk-size", "1GB"], "--prompt-cache-disk-size: needs --prompt-cache-dir"),
+        (["--memory-limit", "0"], "--memory-limit: found 0, expected more than 0"),
         (["--model", "BROKEN", "--port", "0"], "broken/model.safetensors"),
     ],
 )

@@ -26,13 +26,19 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kv_group_size": _one_of(32, 64, 128),
     "quantized_kv_start": (lambda n: n >= 0, "at least 0"),
     "prompt_lookup": (lambda n: 1 <= n <= ENOUGH, f"1 to {ENOUGH}"),
+    "prompt_cache_disk_size": (lambda n: n > 0, "more than 0"),
+    "memory_limit": (lambda n: n > 0, "more than 0"),
 }
 
 # Why a text does not draft beside a draft model.
 BOTH = "both propose tokens"
 
 # Flags that mean something beside another one only.
-NEEDS = {"kv_text_bits": "kv_bits", "kv_value_bits": "kv_bits"}
+NEEDS = {
+    "kv_text_bits": "kv_bits",
+    "kv_value_bits": "kv_bits",
+    "prompt_cache_disk_size": "prompt_cache_dir",
+}
 
 
 def add_kv(parser: argparse.ArgumentParser):
@@ -57,7 +63,6 @@ def _prompt_cache(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--prompt-cache-disk-size",
         type=parse_size,
-        default=20 * 10**9,
         metavar="SIZE",
         help="All files together; those used least recently leave first (default: 20GB)",
     )

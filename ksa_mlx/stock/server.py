@@ -42,6 +42,9 @@ from .prompt_lookup import PromptLookup
 from .replies import Replies
 from .requests import check_against
 
+# Bytes of all prompt caches in files, where no flag says another size.
+DISK_SIZE = 20 * 10**9
+
 # An answer without a limit, for a model without a context.
 ENDLESS = 1 << 20
 
@@ -275,7 +278,7 @@ def _prompt_cache(provider: Any) -> PromptCache:
     if args.prompt_cache_dir is not None:
         if mx.distributed.init().size() > 1:
             raise KSAError("--prompt-cache-dir: not on several machines, whose files may differ")
-        disk = Disk(args.prompt_cache_dir, args.prompt_cache_disk_size)
+        disk = Disk(args.prompt_cache_dir, args.prompt_cache_disk_size or DISK_SIZE)
     most = args.prompt_cache_bytes or 1 << 63
     return PromptCache(args.prompt_cache_size, most, disk, Identities(provider))
 
