@@ -54,9 +54,13 @@ class Stream(threading.Thread):
                 if self.over:
                     return
 
-    def silence(self, begin: float, end: float) -> float:
-        """The longest time without a line between two moments."""
-        times = [begin, *(t for t, _ in list(self.lines) if begin < t < end), end]
+    def heard(self, begin: float, end: float, start: str = "") -> list[float]:
+        """When lines that start so came between two moments."""
+        return [t for t, line in list(self.lines) if begin < t < end and line.startswith(start)]
+
+    def silence(self, begin: float, end: float, start: str = "") -> float:
+        """The longest time without one of them."""
+        times = [begin, *self.heard(begin, end, start), end]
         return max(b - a for a, b in itertools.pairwise(times))
 
 
@@ -79,14 +83,14 @@ def measure(server, tokens: int, ids: int, streams: int) -> dict:
     quiet = time.monotonic()
     beside = Stream(server, {**body, "prompt": prompt(tokens, ids, 2)})
     beside.join()
-    pieces = sum(beside.asked < t < beside.first for one in running for t, _ in one.lines)
+    pieces = sum(len(one.heard(beside.asked, beside.first, "data")) for one in running)
     for one in running:
         one.over = True
     return {
         "alone": alone.first - alone.asked,
         "beside": beside.first - beside.asked,
-        "gap before": max(one.silence(begin, quiet) for one in running),
-        "gap": max(one.silence(beside.asked, beside.first) for one in running),
+        "gap before": max(one.silence(begin, quiet, "data") for one in running),
+        "gap": max(one.silence(beside.asked, beside.first, "data") for one in running),
         "pieces a second": pieces / (beside.first - beside.asked) / max(streams, 1),
         "silence": beside.silence(beside.asked, beside.first),
         "comments": [line for _, line in beside.lines if line.startswith(":")],
