@@ -157,7 +157,7 @@ def frame(seconds: float, width: int, done: int = 0, total: int = 0) -> str:
 
 def test_signs_of_life():
     """A spinner within 0.3 s, a bar from the first token on if it takes more than a second."""
-    assert frame(0.09, 80) == ""
+    assert frame(0.04, 80) == ""
     assert waiting.SPINNER + 2 / waiting.FRAMES < 0.3
     assert frame(0.3, 80, 0, 9000).split()[1:] == ["Reading"]
     first = frame(1.01, 80, 0, 9000)

@@ -22,7 +22,7 @@ from .session import Session
 
 # Seconds until a spinner is shown, until a bar takes its place, and until a Ctrl-C is answered if
 # the step still runs.
-SPINNER, BAR, PATIENCE = 0.1, 1.0, 0.3
+SPINNER, BAR, PATIENCE = 0.05, 1.0, 0.3
 
 STOPPING = "stopping after this step"
 
