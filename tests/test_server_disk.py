@@ -70,4 +70,4 @@ def test_kills():
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     hits = int(done.stdout.split(" answers, ")[1].split(" from files")[0])
-    assert hits > 10 and ", 0 wrong; faults: 0" in done.stdout
+    assert hits > 0 and ", 0 wrong; faults: 0" in done.stdout
