@@ -24,11 +24,11 @@ def main() -> int:
         required=True,
         help="folder for the tokenizer, the state and the checkpoint",
     )
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vocab-size", type=int, default=1536)
+    parser.add_argument("--vocab-size", type=int, default=1280)
     parser.add_argument("--float32", action="store_true", help="no bfloat16 products")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     args = parser.parse_args()

@@ -1,32 +1,16 @@
-"""Synthetic notebooks: notes about people and places, other text between them, then questions.
+"""Facts of synthetic notebooks, and the notes and questions that put them into words.
 
-Everything is drawn from a ``random.Random``, so a seed gives the same documents on every machine.
-A sixth of the first names and a tenth of the values are held out: training never shows them,
-evaluation shows nothing else.
+Everything is drawn from a ``random.Random``, so a seed gives the same notebooks on every machine.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import string
-import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from . import words
-
-SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
-SPECIAL = [SYSTEM, USER, ASSISTANT, END, "\n"]
-
-
-def is_held_out(text: str, share: int) -> bool:
-    """Whether ``text`` belongs to the held-out 1 / share, by a hash: the same everywhere, for
-    ever."""
-    return zlib.crc32(b"ksa" + text.encode()) % share == 0
-
-
-TRAIN_NAMES = [n for n in words.NAMES if not is_held_out(n, 6)]
-HELD_OUT_NAMES = [n for n in words.NAMES if is_held_out(n, 6)]
+from .values import WORDS, Draw
 
 
 @dataclass(frozen=True)
@@ -39,84 +23,120 @@ class Fact:
     value: str
 
     @property
-    def is_place(self) -> bool:
-        return self.subject.startswith("the ")
+    def key(self) -> tuple[str, str]:
+        return self.subject.lower(), self.attribute.lower()
+
+    def is_asked_of(self, other: Fact) -> bool:
+        """Whether a question for this fact may mean ``other``: "Maria?" any fact about her."""
+        if self.key[0] != other.key[0]:
+            return False
+        return self.key == other.key or not self.attribute or not other.attribute
 
 
 @dataclass
 class Style:
-    """How hard the notes of a document are."""
+    """How hard the notebooks are: shares of what they hold."""
 
-    made_up_names: float = 0.4
-    places: float = 0.12
-    numbers: float = 0.5
-    labels: float = 0.15
+    made_up_names: float = 0.35
+    things: float = 0.2  # facts about things, not people
+    numbers: float = 0.3  # the shares of the kinds of values
+    labels: float = 0.1
+    free: float = 0.4
     filler: float = 0.15
     shared: float = 0.5
     plain: float = 0.5  # how many facts have the short standard wording
+    polite: float = 0.25  # of the questions
+    lower: float = 0.25
+    follow: float = 0.3
+    absent: float = 0.13
+    updates: float = 0.06
+    talk: float = 0.04
     held_out: bool = False
     layout: str = ""  # one of LAYOUTS for all documents, or drawn
 
 
 # How the facts of a document are told apart: by name alone, by the name for one attribute, by the
 # attribute for few names.
-LAYOUTS = {"bare": 0.08, "same_attribute": 0.17, "same_subject": 0.15, "mixed": 0.6}
+LAYOUTS = {"bare": 0.08, "same_attribute": 0.15, "same_subject": 0.17, "mixed": 0.6}
+
+POLITE = (
+    "Could you tell me {}?|Could you please tell me what {} is?|Can you tell me {}, please?|"
+    "Can you tell me what {} is?|Do you remember {}?|Do you remember what {} is?|"
+    "Please tell me {}.|Tell me {}, please.|Tell me {}.|I would like to know {}.|I forgot {}.|"
+    "Do you know what {} is?|Do you happen to know {}?|What was {} again?|Would you tell me {}?|"
+    "Would you mind telling me {}?|Any idea what {} is?|Remind me, what is {}?|What is {} again?|"
+    "Please remind me of {}.|What did I say {} was?|Hey, what is {}?|Sorry, what is {}?|"
+    "I need {}.|Give me {}.|I need to know what {} is.|What is {}, please?|Excuse me, what is {}?|"
+    "May I ask what {} is?|Do you have {}?|So what is {}?|Let me know {}.|Look up {}.|"
+    "I wonder what {} is.|Where did I write {}?|OK, and what is {}?|What's {}?|whats {}|{} please|"
+    "Can you remind me what {} is?|Could you look up {} for me?|Have you got {}?"
+).split("|")
+# Asked in the evaluation only.
+HELD_OUT_POLITE = (
+    "Could you kindly tell me {}?|Can you please remind me of {}?|I can't remember {}.|"
+    "Would you please look up {}?|I want to know what {} is.|Do you still know {}?|"
+    "Hi, could you tell me what {} is, please?|Please, what is {}?"
+).split("|")
+NOTES = (
+    ("{s}'s {a}:", "."), ("{a} of {s}:", "."), ("{s} has {a}", "."), ("for {s} the {a} is", "."),
+    ("remember that the {a} of {s} is", "."), ("{s}, {a}", "."), ("{s}: {a}", "."),
+    ("{s}'s {a} is", " now."), ("I think the {a} of {s} is", "."), ("{s} got", " as {a}."),
+    ("the {a} for {s} is", "."), ("please note that {s}'s {a} is", "."), ("{a} {s}:", "."),
+    ("{s}'s {a} is", ", by the way."), ("{s}'s {a} =", ""), ("{a} of {s} is", "."),
+    ("please remember: the {a} of {s} is", "."), ("as {a}, {s} has", "."),
+    ("{s} told me that the {a} is", "."),
+)  # fmt: skip
+UPDATES = (
+    ("the {a} of {s} is now", "."), ("{s}'s {a} is now", "."), ("the {a} of {s} changed to", "."),
+    ("update: the {a} of {s} is", "."), ("{s}'s new {a} is", "."), ("the new {a} of {s} is", "."),
+    ("correction: {s}'s {a} is", "."), ("{s}'s {a} has changed to", "."),
+    ("no, the {a} of {s} is", "."),
+)  # fmt: skip
+
+# What is said besides notes and questions, and the answer.
+TALK = {
+    "Hello! Tell me notes, or ask about them.": (
+        "Hello!|Hi|Hello|Hi!|Hey|Hey there!|Good morning|Good evening!|Hi there|Hello there!|"
+        "Good afternoon.|Greetings!|Hello, notebook!|Good day|Hello again|How are you?|"
+        "Hi, how are you?|What's up?|Hello, how are you doing?|Howdy"
+    ).split("|"),
+    "I keep your notes. Tell me one, then ask for it.": (
+        "Who are you?|What are you?|What can you do?|Help|Help me|What is this?|"
+        "How does this work?|What do you do?|What should I ask?|What is your name?|Are you a bot?|"
+        "Can you help me?|What do you know?|Tell me about yourself."
+    ).split("|"),
+    "You are welcome.": (
+        "Thanks!|Thank you.|Thanks|Thank you very much!|Great, thanks!|Thanks a lot|Many thanks|"
+        "Perfect, thank you|Cheers|OK, thanks"
+    ).split("|"),
+    "Goodbye!": "Bye!|Goodbye|Bye|See you later!|Good night|See you|Bye bye|Farewell".split("|"),
+}
+ABSENT = "Not in the notes."
+OFF = (
+    "What is 2+2?|Tell me a joke.|What time is it?|How many notes are there?|List all notes.|"
+    "Write a poem.|Who is the president?|What is the weather like?|Why is the sky blue?|"
+    "What day is it today?|Where do I live?|How old am I?|Sing a song|What is 12 times 7?|"
+    "Translate this.|Who won the game?|Do you like music?|Tell me a story|What is the news?|"
+    "What is the meaning of life?|Where is {s}?|Who is {s}?|How old is {s}?|When does {s} come?|"
+    "Do you know {s}?|Does {s} like {a}?"
+).split("|")
 
 
 class Writer:
     """Draws facts and puts them, and the questions about them, into words."""
 
     def __init__(self, rng: random.Random, style: Style):
-        self.rng, self.style = rng, style
+        self.rng, self.style, self.draw = rng, style, Draw(rng, style.held_out)
 
     def name(self) -> str:
-        rng = self.rng
-        if self.style.held_out:
-            return rng.choice(HELD_OUT_NAMES)
-        if rng.random() < self.style.made_up_names:
-            # The head of one name on the tail of another: new, and in pieces like those of unseen
-            # names.
-            a, b = rng.choice(TRAIN_NAMES), rng.choice(TRAIN_NAMES)
-            made = (
-                a[: rng.randint(1, max(1, len(a) - 1))]
-                + b[-rng.randint(2, max(2, len(b) - 1)) :].lower()
-            )
-            if 3 <= len(made) <= 10 and not is_held_out(made, 6):
-                return made
-        return rng.choice(TRAIN_NAMES)
-
-    def _unseen(self, draw) -> str:
-        while True:
-            value = draw()
-            if is_held_out(value, 10) == self.style.held_out:
-                return value
-
-    def number(self) -> str:
-        rng = self.rng
-        if not self.style.held_out and rng.random() < 0.25:
-            return str(rng.randint(10, 99))  # two digits: too few to hold any out
-        return self._unseen(
-            lambda: "".join(rng.choice(string.digits) for _ in range(rng.choice((3, 4, 4))))
-        )
-
-    def label(self) -> str:
-        rng = self.rng
-        if rng.random() < 0.25:
-            return self._unseen(
-                lambda: str(rng.randint(1, 99)) + rng.choice(string.ascii_uppercase)
-            )
-        return self._unseen(lambda: rng.choice(string.ascii_uppercase) + str(rng.randint(1, 99)))
+        rng, draw = self.rng, self.draw
+        if not self.style.held_out and rng.random() < self.style.made_up_names:
+            return draw.blend() if rng.random() < 0.7 else draw.invented_name()
+        return draw.full_name() if rng.random() < 0.04 else draw.name()
 
     def value(self, kind: str) -> str:
-        rng = self.rng
-        if kind == "number":
-            return self.number()
-        if kind == "label":
-            return self.label()
-        if kind == "time":
-            return self._unseen(
-                lambda: f"{rng.randint(1, 12)}:{rng.choice('012345')}{rng.choice('05')}"
-            )
+        if kind in ("number", "label", "time", "free"):
+            return getattr(self.draw, kind)()
         if kind == "person":
             return self.name()
         choices = {
@@ -125,26 +145,32 @@ class Writer:
             "item": words.ITEMS,
             "word": words.PASSWORDS,
         }
-        return rng.choice(choices[kind])
+        return self.rng.choice(choices[kind])
+
+    def free_attribute(self) -> str:
+        if self.rng.random() < 0.3:
+            return self.rng.choice(WORDS[self.style.held_out])
+        return self.rng.choice(words.FREE_ATTRIBUTES)
 
     def key(self) -> tuple[str, str, str]:
         """(subject, attribute, kind)"""
         rng, style = self.rng, self.style
-        if rng.random() < style.places:
-            place = (rng.choice(words.ADJECTIVES) + " " if rng.random() < 0.6 else "") + rng.choice(
-                words.PLACES
-            )
-            return "the " + place, rng.choice(words.PLACE_ATTRIBUTES), "number"
+        thing = rng.random() < style.things
+        subject = self.draw.thing() if thing else self.name()
         x = rng.random()
-        if x < style.numbers:
+        if x < style.free:
+            return subject, self.free_attribute(), "free"
+        if thing:
+            return subject, rng.choice(words.PLACE_ATTRIBUTES), "number"
+        if x < style.free + style.numbers:
             kind = "number"
-        elif x < style.numbers + style.labels:
+        elif x < style.free + style.numbers + style.labels:
             kind = "label"
         else:
             kind = rng.choices(
                 ("color", "city", "item", "time", "word", "person"), (6, 4, 3, 4, 3, 2)
             )[0]
-        return self.name(), rng.choice(words.ATTRIBUTES[kind]), kind
+        return subject, rng.choice(words.ATTRIBUTES[kind]), kind
 
     def facts(self, n: int) -> list[Fact]:
         """n facts; some share the subject, others the attribute, with an earlier one: both must be
@@ -152,70 +178,88 @@ class Writer:
         rng = self.rng
         seen, out = set(), []
         layout = self.style.layout or rng.choices(list(LAYOUTS), list(LAYOUTS.values()))[0]
-        first = self.key()
-        while first[0].startswith("the "):
-            first = self.key()
-        subject, left = first[0], 0
+        first, left = self.key(), 0
+        subject = first[0]
         for _ in range(50 * n):
             if len(out) == n:
                 break
             s, a, k = self.key()
-            place = s.startswith("the ")
             if layout == "bare":
-                s, a, k = (self.name() if place else s), "", ("number" if rng.random() < 0.7 else k)
+                a, k = "", ("number" if rng.random() < 0.5 else k)
             elif layout == "same_attribute":
-                s, a, k = (self.name() if place else s), first[1], first[2]
-            elif layout == "same_subject" and not place:
+                a, k = first[1:]
+            elif layout == "same_subject":
                 if left == 0:
                     subject, left = s, rng.randint(2, 5)
                 s, left = subject, left - 1
-            elif out and not place and rng.random() < self.style.shared:
+            elif out and rng.random() < self.style.shared:
                 o = rng.choice(out)
-                if not o.is_place and o.attribute:
+                if o.attribute:
                     s, a, k = (o.subject, a, k) if rng.random() < 0.5 else (s, o.attribute, o.kind)
-            if (s, a) in seen:
-                continue
-            seen.add((s, a))
-            out.append(Fact(s, a, k, self.value(k)))
+            fact = Fact(s, a, k, self.value(k))
+            if fact.key not in seen:
+                seen.add(fact.key)
+                out.append(fact)
         return out
 
-    def note(self, fact: Fact) -> tuple[str, str]:
+    def absent(self, known: list[Fact]) -> Fact:
+        """A fact that ``known`` does not answer, but often close: a known name or a known
+        attribute."""
+        rng = self.rng
+        while True:
+            s, a, kind = self.key()
+            x = rng.random()
+            if known and x < 0.4:
+                s = rng.choice(known).subject
+            elif known and x < 0.8:
+                a = rng.choice(known).attribute
+            fact = Fact(s, a, kind, "")
+            if not any(fact.is_asked_of(f) for f in known):
+                return fact
+
+    def note(self, fact: Fact, update: bool = False) -> tuple[str, str]:
         """A sentence up to its value, and what follows the value."""
         rng, s, a = self.rng, fact.subject, fact.attribute
         end = "."
         if not a:
-            text = f"{s}:"
+            text = rng.choice((f"{s}:", f"{s}:", f"{s} is"))
+        elif update:
+            text, end = rng.choice(UPDATES)
         elif rng.random() < self.style.plain:
-            text = rng.choice((f"the {a} of {s} is", f"{s}'s {a} is"))
+            text = rng.choice(("the {a} of {s} is", "{s}'s {a} is"))
+        elif not s[0].isupper() and rng.random() < 0.4:
+            text = rng.choice(("{s} {a}:", "{s} {a} is", "the {s} {a} is"))
         else:
-            wordings = (
-                (f"{s}'s {a}:", "."),
-                (f"{a} of {s}:", "."),
-                (f"{s} has {a}", "."),
-                (f"for {s} the {a} is", "."),
-                (f"remember that the {a} of {s} is", "."),
-                (f"{s}, {a}", "."),
-                (f"{s}: {a}", "."),
-                (f"{s}'s {a} is", " now."),
-                (f"I think the {a} of {s} is", "."),
-                (f"{s} got", f" as {a}."),
-                (f"the {a} for {s} is", "."),
-            )
-            text, end = rng.choice(wordings)
+            text, end = rng.choice(NOTES)
+        text, end = self.fill(text, s, a), end.replace("{a}", a)
         x = rng.random()
-        if x < 0.08:
+        if x < 0.06:
             return f"Note {rng.randint(1, 99)}: {text}", end
-        if x < 0.15:
+        if x < 0.12:
             return f"Note: {text}", end
+        if x > 1 - 0.3 * self.style.lower:
+            return text.lower(), "" if rng.random() < 0.5 else end
         return text[0].upper() + text[1:], end
 
-    def question(self, fact: Fact) -> str:
-        rng, s, a = self.rng, fact.subject, fact.attribute
+    @staticmethod
+    def fill(text: str, s: str, a: str) -> str:
+        """"the the router code" and "my my bike's" lose the first of two articles."""
+        if text.startswith("the {s}") and s.startswith(("the ", "my ", "our ")):
+            text = text[4:]
+        return text.replace("{s}", s).replace("{a}", a)
+
+    def reference(self, s: str, a: str) -> str:
+        if not s[0].isupper() and self.rng.random() < 0.3:
+            return self.fill("the {s} {a}", s, a)
+        return self.rng.choice((f"the {a} of {s}", f"{s}'s {a}", f"the {a} for {s}"))
+
+    def form(self, s: str, a: str) -> str:
+        """A question of the known forms."""
+        rng, x = self.rng, self.rng.random()
         head = s[0].upper() + s[1:]
         if not a:
             return rng.choice((f"{head}?", f"{head}?", f"What about {s}?"))
-        x = rng.random()
-        if x < 0.3:
+        if x < 0.25:
             return f"{head}'s {a}?"
         if x < 0.6:
             return f"What is the {a} of {s}?"
@@ -229,8 +273,53 @@ class Writer:
             f"Do you know {s}'s {a}?",
             f"what is the {a} of {s}",
             f"What is the {a} for {s}?",
+            f"{head} {a}?",
         )
         return rng.choice(wordings)
+
+    def polite(self, s: str, a: str) -> str:
+        forms = HELD_OUT_POLITE if self.style.held_out else POLITE
+        text = self.rng.choice(forms).format(self.reference(s, a))
+        return text[0].upper() + text[1:]
+
+    def follow_up(self, fact: Fact, last: Fact) -> str | None:
+        """A question that the one before completes, or None if it has nothing in common."""
+        rng, s, a = self.rng, fact.subject, fact.attribute
+        if s == last.subject and a and last.attribute:
+            own = rng.choice(("her", "his", "their") if s[0].isupper() else ("its", "the"))
+            return rng.choice((f"And {own} {a}?", f"What about {own} {a}?", f"and {own} {a}"))
+        if a == last.attribute and a:
+            return rng.choice((f"And {s}?", f"What about {s}?", f"And {s}'s?", f"And for {s}?"))
+        return None
+
+    def lowered(self, text: str) -> str:
+        """As many type it: no capitals, often no mark at the end or in "olgas"."""
+        text = text.lower()
+        if self.rng.random() < 0.6:
+            text = text.rstrip("?.")
+        return text.replace("'", "") if self.rng.random() < 0.2 else text
+
+    def question(self, fact: Fact, last: Fact | None = None) -> str:
+        rng, style = self.rng, self.style
+        follow = self.follow_up(fact, last) if last and rng.random() < 2 * style.follow else None
+        if follow:
+            text = follow
+        elif fact.attribute and rng.random() < style.polite:
+            text = self.polite(fact.subject, fact.attribute)
+        else:
+            text = self.form(fact.subject, fact.attribute)
+        return self.lowered(text) if rng.random() < style.lower else text
+
+    def talk(self) -> tuple[str, str]:
+        """Something that is no question about a note, and the answer."""
+        rng = self.rng
+        if rng.random() < 0.35:
+            text = rng.choice(OFF).format(s=self.name(), a=self.free_attribute())
+            answer = ABSENT
+        else:
+            answer = rng.choice(list(TALK))
+            text = rng.choice(TALK[answer])
+        return (self.lowered(text) if rng.random() < 0.3 else text), answer
 
     def filler(self) -> str:
         """Sentences that hold no fact; some with a number, some of loose words or letters."""
@@ -252,120 +341,3 @@ class Writer:
             return rng.choice(words.COUNTED).format(rng.randint(2, 999)) + "."
         text = f"{rng.choice(words.SUBJECTS)} {rng.choice(words.VERBS)}"
         return text + (f" {rng.choice(words.CIRCUMSTANCES)}." if rng.random() < 0.6 else ".")
-
-
-# What a token of a document is, for the loss. In an answer " 4821.<|end|>": MARKER is the space
-# before digits, FIRST the 4, REST the other digits, STOP the full stop, ENDING the end token. The
-# marker and the stop must be recalled too: whether a number follows, and how long it is.
-PLAIN, ENDING, MARKER, REST, STOP, FIRST = range(6)
-
-
-@dataclass
-class Document:
-    """Token ids with, for every token, what it is and where its value was written.
-
-    ``source[t]`` is the position of the same token of the same value in the notes, -1 for all
-    other tokens. ``starts`` are the positions where a sentence begins.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    role: list[int] = field(default_factory=list)
-    source: list[int] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-
-
-class Composer:
-    """Turns facts into documents of tokens."""
-
-    def __init__(self, tokenizer, rng: random.Random, style: Style):
-        self.tokenizer, self.rng, self.writer = tokenizer, rng, Writer(rng, style)
-        self.space = tokenizer.piece_to_id("\u2581")
-
-    def add(self, doc: Document, text: str) -> None:
-        ids = self.tokenizer.encode(text)
-        doc.ids += ids
-        doc.role += [PLAIN] * len(ids)
-        doc.source += [-1] * len(ids)
-
-    def add_note(self, doc: Document, fact: Fact, places: dict, before: str = " ") -> None:
-        text, end = self.writer.note(fact)
-        doc.starts.append(len(doc.ids))
-        self.add(doc, before + text)
-        places[fact] = len(doc.ids)
-        self.add(doc, " " + fact.value)
-        self.add(doc, end)
-
-    def add_answer(self, doc: Document, fact: Fact, places: dict) -> None:
-        ids = self.tokenizer.encode(" " + fact.value)
-        first = True
-        for i, t in enumerate(ids):
-            if t == self.space:
-                doc.role.append(MARKER)
-            else:
-                doc.role.append(FIRST if first else REST)
-                first = False
-            doc.source.append(places[fact] + i)
-        doc.ids += ids
-        self.add(doc, "." + END)
-        doc.role[-2:] = [STOP, ENDING]
-
-    def add_question(self, doc: Document, fact: Fact, places: dict) -> None:
-        doc.starts.append(len(doc.ids))
-        self.add(doc, f"{USER} {self.writer.question(fact)}{ASSISTANT}")
-        self.add_answer(doc, fact, places)
-
-    def document(self, length: int, notes: int) -> Document:
-        """A document of ``length`` + 1 tokens: about ``notes`` tokens of notes, then questions;
-        again, until full."""
-        rng, doc, style = self.rng, Document(), self.writer.style
-        places: dict = {}
-        facts = iter(self.writer.facts(2 + (length // 8)))
-        # Now and then there is more prose than notes.
-        filler = 0.6 if style.filler > 0.1 and rng.random() < 0.15 else style.filler
-        while len(doc.ids) <= length:
-            batch, stop = [], len(doc.ids) + rng.uniform(0.6, 1.0) * notes
-            dictated = len(doc.ids) > 0 or rng.random() < 0.15
-            joint = not dictated and rng.random() < 0.25  # notes and first question in one turn
-            separator = rng.choice(("\n ", " "))
-            if not dictated:
-                self.add(doc, USER if joint else rng.choice((SYSTEM, SYSTEM, USER)))
-            while len(doc.ids) < stop or not batch:
-                fact = next(facts, None)
-                if fact is None:
-                    facts = iter(self.writer.facts(2 + length // 8))
-                    continue
-                if any(f.subject == fact.subject and f.attribute == fact.attribute for f in places):
-                    continue
-                before = f"{USER} " if dictated else separator if batch else " "
-                if rng.random() < filler:
-                    doc.starts.append(len(doc.ids))
-                    self.add(doc, before + self.writer.filler())
-                    before = " " if dictated else separator
-                self.add_note(doc, fact, places, before)
-                if dictated:
-                    self.add(doc, f"{ASSISTANT} Noted.{END}")
-                batch.append(fact)
-            rng.shuffle(batch)
-            if joint:
-                self.add(doc, f"{separator}{self.writer.question(batch[0])}{ASSISTANT}")
-                self.add_answer(doc, batch.pop(0), places)
-            elif not dictated:
-                self.add(doc, END)
-            for fact in batch:
-                self.add_question(doc, fact, places)
-        n = length + 1
-        starts = [s for s in doc.starts if s < length]
-        return Document(doc.ids[:n], doc.role[:n], doc.source[:n], starts)
-
-
-def spread_positions(rng: random.Random, doc: Document, length: int) -> list[int]:
-    """Positions with jumps before some sentences, so that short documents show far distances
-    too."""
-    jumps = {
-        rng.choice(doc.starts): int(math.exp(rng.uniform(2, 9.4))) for _ in range(rng.randint(1, 4))
-    }
-    out, at = [], 0
-    for i in range(length):
-        at += jumps.get(i, 0)
-        out.append(at + i)
-    return out

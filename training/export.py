@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from .data import END, SPECIAL
+from .documents import END, SPECIAL
 from .model import NotebookConfig, NotebookModel
 from .tokenizer import load_tokenizer
 

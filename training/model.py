@@ -22,13 +22,13 @@ from torch import nn
 class NotebookConfig:
     """Sizes of the model. ``window`` counts chunks, ``vocab_size`` counts text tokens only."""
 
-    vocab_size: int = 1536
-    hidden_size: int = 128
-    num_layers: int = 5
+    vocab_size: int = 1280
+    hidden_size: int = 160
+    num_layers: int = 6
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 64
-    intermediate_size: int = 320
+    intermediate_size: int = 448
     chunk: int = 8
     window: int = 4
     rope_theta: float = 1e7
@@ -65,11 +65,31 @@ def rope_table(positions, config: NotebookConfig):
     return angle.cos(), angle.sin()
 
 
+def turn(x, cos, sin):
+    out = torch.empty(x.shape)
+    (a, b), (c, d) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=d).addcmul_(a, sin)
+    return out
+
+
+class Rotation(torch.autograd.Function):
+    """In half of the passes over memory that autograd would make: the gradient turns back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        cos, sin = ctx.saved_tensors
+        return turn(gradient, cos, -sin), None, None
+
+
 def rotate(x, table):
     """Apply RoPE to x (batch, length, heads, head_dim)."""
-    cos, sin = table
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return Rotation.apply(x, *table)
 
 
 def attention_mask(length: int, config: NotebookConfig, hide_summaries: bool = False):

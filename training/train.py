@@ -26,11 +26,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .data import ENDING, FIRST, MARKER, PLAIN, REST, STOP, Composer, Style, spread_positions
+from .data import Style
+from .documents import (
+    ENDING,
+    FIRST,
+    FIXED,
+    MARKER,
+    PLAIN,
+    REST,
+    STOP,
+    Composer,
+    spread_positions,
+)
 from .model import NotebookConfig, NotebookModel
 
 # Of every kind of token, the weight of its loss. Plain text is sampled: 8 % of its tokens.
-LOSS_WEIGHT = {PLAIN: 0.05, ENDING: 0.05, MARKER: 0.7, REST: 0.7, STOP: 0.5, FIRST: 1.0}
+LOSS_WEIGHT = {PLAIN: 0.05, ENDING: 0.05, MARKER: 0.7, REST: 0.7, STOP: 0.5, FIRST: 1.0,
+               FIXED: 1.0}  # fmt: skip
 PLAIN_SHARE = 0.08
 ADDRESS_WEIGHT = 0.3
 
@@ -49,11 +61,16 @@ class Level:
     copies: float = 1.0
 
 
-LEVELS = [
-    Level(128, 24, Style(made_up_names=0.3, filler=0.03, shared=0.3, plain=0.8), 0.80),
-    Level(192, 16, Style(made_up_names=0.4, filler=0.06, shared=0.4, plain=0.6), 0.85),
-    Level(256, 12, Style(filler=0.12), 0.90),
-    Level(384, 8, Style(filler=0.15), 0.92),
+LEVELS = [  # fmt: skip
+    Level(
+        128, 24,
+        Style(things=0.1, filler=0.03, shared=0.3, plain=0.8, polite=0.1, lower=0.1, absent=0.05,
+              follow=0.1, updates=0.02, talk=0.03),
+        0.75,
+    ),
+    Level(192, 16, Style(filler=0.06, shared=0.4, plain=0.6, absent=0.08), 0.82),
+    Level(256, 12, Style(filler=0.1), 0.87),
+    Level(384, 8, Style(filler=0.15), 0.90),
     Level(512, 6, Style(filler=0.2), 1.0, margin=8.0, copies=12.0),
 ]
 
@@ -184,7 +201,7 @@ def quick_recall(
             while end < length and d.role[end] >= MARKER:
                 end += 1
             if end > t and end < length:
-                far = max(d.source[t:end]) // c.chunk < t // c.chunk - c.window - 1
+                far = -1 < max(d.source[t:end]) < (t // c.chunk - c.window - 1) * c.chunk
                 if far:
                     total += 1
                     right += all(hit[t - 1 : end - 1])

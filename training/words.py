@@ -1,8 +1,15 @@
-"""Word lists of the notebook corpus. ``names.txt`` beside this file holds the first names."""
+"""Word lists of the notebook corpus.
+
+``names.txt`` beside this file holds the first names, ``words.txt`` 2,048 English words: the list
+of BIP 39, from the package mnemonic (MIT).
+"""
 
 from pathlib import Path
 
-NAMES = Path(__file__).with_name("names.txt").read_text(encoding="utf-8").split()
+NAMES, WORDS = (
+    Path(__file__).with_name(f"{name}.txt").read_text(encoding="utf-8").split()
+    for name in ("names", "words")
+)
 
 # What a person can have, by the kind of the value.
 ATTRIBUTES = {
@@ -37,7 +44,19 @@ PLACES = (
     "truck office lab hall pool"
 ).split()
 ADJECTIVES = "north south east west old new big small main back front upper lower".split()
+THINGS = (
+    "router wifi car bike house laptop printer server alarm door bag suitcase dishwasher camera "
+    "piano heater freezer company bank club hotel meeting party project school cat dog bakery"
+).split()
+NUMBERED = "room locker house box bus flight apartment Room Box Gate".split()
 PLACE_ATTRIBUTES = "code key pin phone alarm number extension".split()
+
+# Attributes that any value fits, and things too.
+FREE_ATTRIBUTES = (
+    "code password pin key number address birthday name date price size model plate color login "
+    "email nickname username phone appointment account id serial weight height age job team song "
+    "country language hobby capital owner time day deadline budget version word sign"
+).split()
 
 # Prose between the notes: a subject, what it did, and often a circumstance.
 SUBJECTS = (
