@@ -278,8 +278,7 @@ class Writer:
         return rng.choice(wordings)
 
     def polite(self, s: str, a: str) -> str:
-        forms = HELD_OUT_POLITE if self.style.held_out else POLITE
-        text = self.rng.choice(forms).format(self.reference(s, a))
+        text = self.rng.choice(POLITE).format(self.reference(s, a))
         return text[0].upper() + text[1:]
 
     def follow_up(self, fact: Fact, last: Fact) -> str | None:

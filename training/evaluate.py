@@ -1,28 +1,35 @@
-"""Held-out recall of a checkpoint, through the MLX model, as a function of distance.
+"""What a checkpoint answers, through the MLX model, on names and values that training never shows.
 
-Notes about held-out names with held-out values, other sentences between them. Every question is
-the first one asked of its notes, answered by greedy decoding, and right only if the whole answer
-is the value. ``distance`` is the number of tokens from the value to the end of the notes; the
-question adds about a dozen.
+Questions are answered by greedy decoding and are right only if the whole answer is the expected
+one. ``recall`` measures it as a function of distance, the number of tokens from the value to the
+end of the notes; ``FIGURES`` are ways to ask.
 """
 
 from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
 from ksa_mlx.attention.plan import Step, block_mask
 from ksa_mlx.cache.place import Place
 
-from .data import ASSISTANT, END, SYSTEM, USER, Composer, Document, Fact, Style
+from .data import ABSENT, HELD_OUT_POLITE, TALK, Fact, Style
+from .documents import ASSISTANT, END, SYSTEM, USER, Composer, Document
 
 # Values that training never shows; colours, cities and the like come from lists that it does show.
-HELD_OUT_KINDS = ("number", "label", "time")
-LONGEST_ANSWER = 12  # tokens
+HELD_OUT_KINDS = ("number", "label", "time", "free")
+LONGEST_ANSWER = 24  # tokens
+
+# Notes and questions in the short standard forms.
+KNOWN = Style(
+    things=0.12, numbers=0.5, labels=0.15, free=0.0, filler=0.25, polite=0.0, lower=0.0,
+    follow=0.0, updates=0.0, talk=0.0, held_out=True,
+)  # fmt: skip
 
 
 @dataclass
@@ -38,6 +45,7 @@ class Notebook:
 
     ids: list[int]
     questions: list[Question]
+    facts: list[Fact]
 
 
 def notebook(
@@ -53,21 +61,29 @@ def notebook(
         # One layout cannot fill long notes: there are few held-out names.
         facts = facts or writer.facts(length // 7)
         fact = facts.pop(0)
-        if any((f.subject, f.attribute) == (fact.subject, fact.attribute) for f in places):
+        if fact.key in places:
             continue
         if rng.random() < style.filler:
             composer.add(doc, before + writer.filler())
             before = "\n "
-        composer.add_note(doc, fact, places, before)
+        update = bool(places) and rng.random() < style.updates
+        if update:
+            old = rng.choice(list(places.values()))[0]
+            fact = replace(old, value=writer.value(old.kind))
+        composer.add_note(doc, fact, places, before, update=update)
         before = "\n "
     composer.add(doc, END)
     end = len(doc.ids)
     asked = [
-        Question(f"{USER} {writer.question(f)}{ASSISTANT}", f, end - at)
-        for f, at in places.items()
+        Question(turn(writer.question(f)), f, end - at)
+        for f, at in places.values()
         if near <= end - at <= far
     ]
-    return Notebook(doc.ids, asked)
+    return Notebook(doc.ids, asked, [f for f, _ in places.values()])
+
+
+def turn(text: str) -> str:
+    return f"{USER} {text}{ASSISTANT}"
 
 
 @contextmanager
@@ -120,6 +136,14 @@ class Score:
     def recall(self) -> float:
         return self.right / max(1, self.total)
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's, 90 %."""
+        n, p, z = max(1, self.total), self.recall, 1.645
+        middle = p + z * z / (2 * n)
+        spread = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+        return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+
 
 def recall(
     model, tokenizer, distance: int, *, notebooks: int, asked: int, seed: int = 1, hide: bool =
@@ -133,7 +157,7 @@ def recall(
     questions a notebook at most.
     """
     rng, score = random.Random(seed), Score()
-    style = style or Style(filler=0.25, held_out=True)
+    style = style or KNOWN
     end_id = tokenizer.piece_to_id(END)
     with hidden_summaries() if hide else nullcontext():
         for _ in range(notebooks):
@@ -150,3 +174,133 @@ def recall(
                 out = answer(model, cache, tokenizer.encode(q.text), end_id)
                 score.add(q.fact.kind, tokenizer.decode(out).strip() == q.fact.value + ".")
     return score
+
+
+# Ways to ask. Each takes (tokenizer, rng) and yields (token ids of the notes, the text of the
+# question's turn, the right answer, its kind).
+
+FREE = replace(KNOWN, free=1.0)
+MIXED = replace(KNOWN, free=0.4, things=0.2, numbers=0.3, labels=0.1)
+
+
+def about_notes(style: Style, kinds=HELD_OUT_KINDS, forms=None):
+    """Questions about a notebook of 512 tokens."""
+
+    def figure(tokenizer, rng) -> Iterator[tuple]:
+        notes = notebook(tokenizer, rng, 512, 0, 512, style)
+        writer = Composer(tokenizer, rng, style).writer
+        rng.shuffle(notes.questions)
+        for q in notes.questions:
+            if q.fact.kind in kinds and (q.fact.attribute or style.polite == 0):
+                text = q.text
+                if forms:
+                    filled = rng.choice(forms).format(writer.reference(q.fact.subject, q.fact.attribute))
+                    text = turn(filled[0].upper() + filled[1:])
+                yield notes.ids, text, f"{q.fact.value}.", q.fact.kind
+
+    return figure
+
+
+def updated(tokenizer, rng):
+    """Facts whose value was told twice; the later one counts."""
+    style = replace(KNOWN, updates=0.0)
+    composer = Composer(tokenizer, rng, style)
+    first = notebook(tokenizer, rng, 256, 0, 256, style)
+    doc, places, writer = Document(ids=first.ids[:-1]), {}, composer.writer
+    old = [q.fact for q in first.questions if q.fact.attribute]
+    new = [replace(f, value=writer.value(f.kind)) for f in rng.sample(old, min(4, len(old)))]
+    for fact in new:
+        composer.add(doc, "\n " + writer.filler())
+        composer.add_note(doc, fact, places, "\n ", update=True)
+    composer.add(doc, END)
+    for f in new:
+        yield doc.ids, turn(writer.question(f)), f"{f.value}.", f.kind
+
+
+def told(style: Style, notes: int):
+    """A note told in a chat and asked at once; before it, ``notes`` tokens of other notes."""
+
+    def figure(tokenizer, rng):
+        composer = Composer(tokenizer, rng, style)
+        known = notebook(tokenizer, rng, notes, 0, 0, style) if notes else Notebook([], [], [])
+        doc, facts = Document(ids=list(known.ids)), list(known.facts)
+        for fact in composer.writer.facts(3):
+            if any(fact.is_asked_of(f) or f.is_asked_of(fact) for f in facts):
+                continue
+            facts.append(fact)
+            composer.add_note(doc, fact, {}, f"{USER} ")
+            composer.add(doc, ASSISTANT)
+            composer.add(doc, f" Noted.{END}")
+            question = turn(composer.writer.question(fact))
+            yield list(doc.ids), question, f"{fact.value}.", fact.kind
+
+    return figure
+
+
+def follow_ups(tokenizer, rng):
+    """A question and its answer, then one that is not complete by itself."""
+    style = replace(KNOWN, layout="same_subject")
+    notes = notebook(tokenizer, rng, 512, 0, 512, style)
+    writer = Composer(tokenizer, rng, style).writer
+    facts = list(notes.facts)
+    rng.shuffle(facts)
+    for last in facts:
+        for f in facts:
+            text = f is not last and writer.follow_up(f, last)
+            if text:
+                before = turn(writer.question(last)) + f" {last.value}.{END}"
+                yield notes.ids, before + turn(text), f"{f.value}.", f.kind
+                break
+
+
+def absent(tokenizer, rng):
+    """What is not there, in half of it with a name or an attribute that is."""
+    style = replace(MIXED, polite=0.25, lower=0.25)
+    notes = notebook(tokenizer, rng, 512, 0, 512, style)
+    writer = Composer(tokenizer, rng, style).writer
+    for _ in range(6):
+        fact = writer.absent(notes.facts)
+        known = any(fact.key[0] == f.key[0] for f in notes.facts)
+        kind = "name" if known else "attribute" if fact.attribute in {
+            f.attribute for f in notes.facts} else "neither"  # fmt: skip
+        yield notes.ids, turn(writer.question(fact)), ABSENT, f"{kind} known"
+
+
+def talk(tokenizer, rng):
+    """Greetings and the like, in an empty chat and after notes."""
+    ids = notebook(tokenizer, rng, 256, 0, 0, KNOWN).ids
+    reply = rng.choice(list(TALK))
+    for context in ([], ids):
+        yield context, turn(rng.choice(TALK[reply])), reply, reply.split()[0]
+
+
+FIGURES = {
+    "known forms": about_notes(KNOWN),
+    "lower case": about_notes(replace(KNOWN, lower=1.0)),
+    "polite and indirect": about_notes(replace(KNOWN, polite=1.0)),
+    "  phrasings never trained": about_notes(replace(KNOWN, polite=1.0), forms=HELD_OUT_POLITE),
+    "free values": about_notes(FREE),
+    "told in chat, asked": told(MIXED, 0),
+    "  after 512 tokens of notes": told(MIXED, 512),
+    "follow-ups": follow_ups,
+    "updates": updated,
+    "not there": absent,
+    "greetings": talk,
+}
+
+
+def measure(model, tokenizer, figure, questions: int, seed: int = 1) -> tuple[Score, Score]:
+    """(right answers, answers that say "Not in the notes."), about ``questions`` of them."""
+    rng, right, denied = random.Random(seed), Score(), Score()
+    end_id = tokenizer.piece_to_id(END)
+    while right.total < questions:
+        context, cache = None, None
+        for ids, text, expected, kind in figure(tokenizer, rng):
+            if ids != context:
+                context, cache = ids, model.make_cache()
+                if ids:
+                    model(mx.array([ids]), cache=cache)
+            said = tokenizer.decode(answer(model, cache, tokenizer.encode(text), end_id)).strip()
+            right.add(kind, said == expected)
+            denied.add(kind, said == ABSENT)
+    return right, denied

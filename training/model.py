@@ -24,7 +24,7 @@ class NotebookConfig:
 
     vocab_size: int = 1280
     hidden_size: int = 160
-    num_layers: int = 6
+    num_layers: int = 5
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 64
@@ -43,6 +43,26 @@ class NotebookConfig:
         return asdict(self)
 
 
+class Normed(torch.autograd.Function):
+    """x over its root mean square, times a weight; in half of autograd's passes over memory."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = scale.add_(eps).rsqrt_()
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        normed, scale, weight = ctx.saved_tensors
+        product = gradient * normed
+        mean = (product @ weight)[..., None] / normed.shape[-1]
+        out = (gradient * weight).addcmul_(normed, mean, value=-1).mul_(scale)
+        return out, product.flatten(0, -2).sum(0), None
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -50,7 +70,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return Normed.apply(x, self.weight, self.eps)
 
 
 def rope_table(positions, config: NotebookConfig):
@@ -145,7 +165,8 @@ class Attention(nn.Module):
 
         With ``select`` = (rows, positions), two index vectors, also returns the attention of these
         text
-        tokens to the summaries, (n, heads, chunks); it is a share of all they see.
+        tokens to the summaries, (n, heads, chunks); it is a share of all they see; and what the
+        summaries hold, (batch, chunks, kv_heads * head_dim).
         """
         c = self.config
         batch, chunks, block = x.shape[0], length // c.chunk, c.block
@@ -189,7 +210,7 @@ class Attention(nn.Module):
         qsel = q[row, position].reshape(-1, c.num_kv_heads, groups, c.head_dim)
         scores = qsel @ kb[at].transpose(-1, -2) * c.head_dim**-0.5
         scores = scores + mask[at, :, position % block][:, :, None]
-        return out, scores.flatten(1, 2).log_softmax(-1)[..., 2 * block :]
+        return out, (scores.flatten(1, 2).log_softmax(-1)[..., 2 * block :], vs.flatten(2))
 
 
 class MLP(nn.Module):
@@ -212,9 +233,12 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x, *args):
+    def forward(self, x, *args, keep=None):
+        """``keep``: the rows that go on; the last layer needs no others."""
         out, attended = self.self_attn(self.input_layernorm(x), *args)
         x = x + out
+        if keep is not None:
+            x = x[:, : keep.shape[1]][keep]
         return x + self.mlp(self.post_attention_layernorm(x)), attended
 
 
@@ -296,8 +320,8 @@ class NotebookModel(nn.Module):
 
         length must be a multiple of ``config.block``: pad on the right, nothing looks ahead.
         ``select`` and
-        ``select_layer`` also return the log attention of some tokens in one layer, see
-        ``Attention.forward``.
+        ``select_layer`` also return the log attention of some tokens in one layer, and the
+        values of its summaries, see ``Attention.forward``.
 
         ``copies``: attention as if every summary were there so many times, the share that summaries
         have in a longer text.
@@ -319,10 +343,13 @@ class NotebookModel(nn.Module):
         x = torch.cat([self.model.embed_tokens(ids), summary], 1)
         attended = None
         for i, layer in enumerate(self.model.layers):
-            x, a = layer(x, length, tables, mask, select if i == select_layer else None)
+            last = i == c.num_layers - 1
+            x, a = layer(
+                x, length, tables, mask, select if i == select_layer else None,
+                keep=keep if last else None,
+            )  # fmt: skip
             attended = a if a is not None else attended
-        x = x[:, :length]
-        if keep is not None:
-            x = x[keep]
+        if keep is None:
+            x = x[:, :length]
         logits = self.model.norm(x) @ embedding[: c.vocab_size].T
-        return logits if select is None else (logits, attended)
+        return logits if select is None else (logits, *attended)
