@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 import ksa_mlx
-from training import data, evaluate
-from training.data import Composer, Style
+from training import documents as docs
+from training import evaluate, values
+from training.data import Style, Writer
+from training.documents import Composer
 from training.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +58,7 @@ def test_sources_name_the_same_token(tokenizer):
         assert asked, "a document without a question teaches nothing"
         for t in asked:
             assert d.source[t] < t and d.ids[d.source[t]] == d.ids[t]
-            assert d.role[t] in (data.MARKER, data.FIRST, data.REST)
+            assert d.role[t] in (docs.MARKER, docs.FIRST, docs.REST)
 
 
 def test_pieces_join_as_the_whole_text(tokenizer):
@@ -66,15 +68,56 @@ def test_pieces_join_as_the_whole_text(tokenizer):
 
 
 def test_training_never_shows_what_is_held_out():
-    writer = data.Writer(random.Random(1), Style())
+    writer = Writer(random.Random(1), Style())
     names = {writer.name() for _ in range(3000)}
-    assert not names & set(data.HELD_OUT_NAMES)
-    values = {writer.value(k) for k in evaluate.HELD_OUT_KINDS for _ in range(1000)}
-    assert not {v for v in values if len(v) > 2 and data.is_held_out(v, 10)}
-    held = data.Writer(random.Random(1), Style(held_out=True))
+    assert not names & set(values.NAMES[True])
+    shown = {writer.value(k) for k in ("number", "label", "time") for _ in range(1000)}
+    assert not {v for v in shown if len(v) > 2 and values.is_held_out(v, 10)}
+    words = {writer.draw.word() for _ in range(3000)}
+    assert not words & {w for w in values.WORDS[True] if len(w) > 2}
+    held = Writer(random.Random(1), Style(held_out=True))
     for _ in range(200):
-        assert held.name() in data.HELD_OUT_NAMES
-        assert data.is_held_out(held.number(), 10)
+        assert held.name().split()[0] in values.NAMES[True]
+        assert len(n := held.draw.number()) == 2 or values.is_held_out(n, 10)
+
+
+def test_free_values_are_of_any_kind():
+    writer = Writer(random.Random(2), Style())
+    free = [writer.draw.free() for _ in range(3000)]
+    assert {len(v) for v in free} == set(range(1, 11))
+    for kind in (str.isdigit, str.isalpha, str.islower, str.isupper, lambda v: "-" in v):
+        assert sum(map(kind, free)) > 20
+
+
+def test_what_is_not_there_is_no_question_for_what_is():
+    writer = Writer(random.Random(3), Style())
+    for _ in range(50):
+        known = writer.facts(12)
+        fact = writer.absent(known)
+        assert not any(f.key == fact.key for f in known)
+        assert fact.attribute or all(f.key[0] != fact.key[0] for f in known)
+
+
+def test_answers_are_the_newest_values(tokenizer):
+    """Whatever was told twice, the answer is what stands last in the notes."""
+    told_twice = 0
+    for d in documents(tokenizer, 30, updates=0.5):
+        for t, s in enumerate(d.source):
+            if s >= 0 and d.role[t] in (docs.MARKER, docs.FIRST):
+                told_twice += tokenizer.decode(d.ids[s - 3 : s]).endswith(("now", "changed to"))
+                assert s < t
+    assert told_twice > 10
+
+
+def test_a_name_in_lower_case_differs_in_one_token(tokenizer):
+    for name in values.NAMES[True][:40]:
+        upper, lower = (tokenizer.encode(f" {n}") for n in (name, name.lower()))
+        assert upper[1:] == lower[1:] and upper[0] != lower[0]
+
+
+def test_intervals_are_wilsons():
+    low, high = evaluate.Score(right=90, total=100).interval
+    assert abs(low - 0.839) < 2e-3 and abs(high - 0.939) < 2e-3
 
 
 # The PyTorch reference
@@ -134,6 +177,18 @@ def dense(torch, model, ids):
     return model.model.norm(x[:, :length]) @ embedding[:-1].T
 
 
+def test_gradients_of_the_short_forms_are_right(torch):
+    from training.model import NotebookConfig, Normed, rope_table, rotate  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    options = {"dtype": torch.float64, "requires_grad": True}
+    x, w = torch.randn(3, 5, 2, 8, **options), torch.randn(8, **options)
+    assert torch.autograd.gradcheck(lambda *a: Normed.apply(*a, 1e-6), (x, w))
+    table = rope_table(torch.arange(5)[None], NotebookConfig(head_dim=8))
+    table = tuple(t.double() for t in table)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, table), (x,))
+
+
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_blocks_equal_the_definition(torch, window):
     model = tiny(torch, window=window)
@@ -149,10 +204,11 @@ def test_attention_of_selected_tokens_is_their_share(torch):
     model = tiny(torch)
     ids = torch.randint(0, 40, (1, 96))
     with torch.no_grad():
-        _, log_share = model(
+        _, log_share, held = model(
             ids, select=(torch.tensor([0, 0]), torch.tensor([5, 90])), select_layer=1
         )
     share = log_share.exp()
+    assert held.shape == (1, 12, 2 * 16)
     assert share.shape == (2, 4, 12)
     assert share[0].max() == 0, "the window is not full: no summary is visible"
     visible = 90 // 8 - 2

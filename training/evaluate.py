@@ -121,6 +121,13 @@ def answer(model, cache, ids: list[int], end_id: int) -> list[int]:
     return out
 
 
+def is_answer(model, cache, ids: list[int], said: list[int]) -> bool:
+    """Whether greedy decoding after ``ids`` would say exactly ``said``: one call, not one a
+    token."""
+    logits = model(mx.array([ids + said[:-1]]), cache=copy.deepcopy(cache))
+    return mx.argmax(logits[0, len(ids) - 1 :], axis=-1).tolist() == said
+
+
 @dataclass
 class Score:
     right: int = 0
@@ -135,6 +142,9 @@ class Score:
     @property
     def recall(self) -> float:
         return self.right / max(1, self.total)
+
+    def kinds(self) -> str:
+        return ", ".join(f"{k} {r}/{n}" for k, (r, n) in sorted(self.by_kind.items()))
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -158,7 +168,6 @@ def recall(
     """
     rng, score = random.Random(seed), Score()
     style = style or KNOWN
-    end_id = tokenizer.piece_to_id(END)
     with hidden_summaries() if hide else nullcontext():
         for _ in range(notebooks):
             # At least 16 tokens of range, so that short distances hold a fact.
@@ -171,8 +180,8 @@ def recall(
             cache = model.make_cache()
             model(mx.array([notes.ids]), cache=cache)
             for q in questions[:asked]:
-                out = answer(model, cache, tokenizer.encode(q.text), end_id)
-                score.add(q.fact.kind, tokenizer.decode(out).strip() == q.fact.value + ".")
+                said = tokenizer.encode(f" {q.fact.value}.{END}")
+                score.add(q.fact.kind, is_answer(model, cache, tokenizer.encode(q.text), said))
     return score
 
 
@@ -292,15 +301,18 @@ FIGURES = {
 def measure(model, tokenizer, figure, questions: int, seed: int = 1) -> tuple[Score, Score]:
     """(right answers, answers that say "Not in the notes."), about ``questions`` of them."""
     rng, right, denied = random.Random(seed), Score(), Score()
-    end_id = tokenizer.piece_to_id(END)
+    absent = tokenizer.encode(f" {ABSENT}{END}")
     while right.total < questions:
         context, cache = None, None
-        for ids, text, expected, kind in figure(tokenizer, rng):
-            if ids != context:
-                context, cache = ids, model.make_cache()
-                if ids:
-                    model(mx.array([ids]), cache=cache)
-            said = tokenizer.decode(answer(model, cache, tokenizer.encode(text), end_id)).strip()
-            right.add(kind, said == expected)
-            denied.add(kind, said == ABSENT)
+        for notes, text, expected, kind in figure(tokenizer, rng):
+            if notes != context:
+                context, cache = notes, model.make_cache()
+                if notes:
+                    model(mx.array([notes]), cache=cache)
+            ids, said = tokenizer.encode(text), tokenizer.encode(f" {expected}{END}")
+            hit = is_answer(model, cache, ids, said)
+            right.add(kind, hit)
+            denied.add(
+                kind, hit if said == absent else not hit and is_answer(model, cache, ids, absent)
+            )
     return right, denied

@@ -1,11 +1,11 @@
-"""Recall of the notebook assistant on names and values that its training never showed.
+"""Figures of the notebook assistant on names and values that its training never showed.
 
     python -m training.measure_recall                         # the weights of ksa_mlx/notebook
     python -m training.measure_recall FOLDER --plot FILE.png  # another checkpoint, and the curve
 
-Runs the MLX model, greedy, exact match. Figures: recall by distance, with and without summaries;
-several facts about one name; words instead of numbers. ``--quick`` asks a quarter of the
-questions.
+Runs the MLX model, greedy, exact match. Figures: ways to ask, with 90 % intervals and how often
+the answer is "Not in the notes."; recall by distance, with and without summaries. ``--quick`` asks
+a quarter of the questions.
 """
 
 from __future__ import annotations
@@ -14,17 +14,27 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
+
+import mlx.core as mx
 
 import ksa_mlx
 
-from .data import Style
-from .evaluate import recall
+from .documents import ASSISTANT, END, USER
+from .evaluate import FIGURES, answer, measure, recall
 from .tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTANCES = (8, 64, 128, 256, 512, 1024, 2048, 4096)
+
+# What anybody tries first, in one chat.
+CHAT = (
+    "Hello!", "The code of Bob is 1234.", "What is the code of Bob?", "what is bobs code",
+    "Could you tell me what the code of Bob is, please?", "The code of Bob is now 77.",
+    "What is the code of Bob?", "wifi password is swordfish", "What is the wifi password?",
+    "Anna's hotel is hunter2-x.", "Do you remember Anna's hotel?", "And her code?",
+    "What is the locker of Maria?", "What is the capital of France?", "Thanks!",
+)  # fmt: skip
 
 
 def plot(rows: list[dict], window: int, longest: int, path: Path) -> None:
@@ -57,6 +67,15 @@ def plot(rows: list[dict], window: int, longest: int, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def chat(model, tokenizer) -> None:
+    cache, end = model.make_cache(), tokenizer.piece_to_id(END)
+    for text in CHAT:
+        said = answer(model, cache, tokenizer.encode(f"{USER} {text}{ASSISTANT}"), end)
+        print(f"> {text}\n  {tokenizer.decode(said).strip()}")
+        told = tokenizer.encode(f"{USER} {text}{ASSISTANT}") + [*said, end]
+        model(mx.array([told]), cache=cache)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="training.measure_recall", description=__doc__.split("\n")[0]
@@ -83,37 +102,38 @@ def main() -> int:
     share = 4 if args.quick else 1
     started, rows = time.monotonic(), []
 
-    def measure(label, distance, hide=False, **options):
-        notebooks = max(4, (40 if distance < 1000 else 12 if distance < 3000 else 8) // share)
-        score = recall(
-            model, tokenizer, distance, notebooks=notebooks, asked=6 if distance < 1000 else 16,
-            seed=args.seed + distance, hide=hide, **options,
-        )  # fmt: skip
-        kinds = ", ".join(f"{k} {r}/{n}" for k, (r, n) in sorted(score.by_kind.items()))
-        used = time.monotonic() - started
-        line = f"{label:34s} {score.recall:6.1%}  of {score.total:4d}   {kinds}   [{used:.0f} s]"
-        print(line, flush=True)
-        return score.recall
-
-    for d in DISTANCES:
-        on = measure(f"{d} tokens ({d / window:g} windows)", d)
-        rows.append(
-            {"distance": d, "recall": on, "hidden": measure("    summaries hidden", d, hide=True)}
+    figures = {}
+    for label, figure in FIGURES.items():
+        right, denied = measure(model, tokenizer, figure, 400 // share, args.seed)
+        low, high = right.interval
+        figures[label.strip()] = {
+            "right": right.recall, "low": low, "high": high, "asked": right.total,
+            "not in the notes": denied.recall,
+        }  # fmt: skip
+        print(
+            f"{label:28s} {right.recall:6.1%} ({low:.1%} to {high:.1%}) of {right.total:4d}, "
+            f'says "not in the notes": {denied.recall:5.1%}   {right.kinds()}',
+            flush=True,
         )
-    other = {}
-    base = Style(filler=0.25, held_out=True)
-    d = 16 * window
-    for layout, label in (
-        ("same_subject", "several facts about one name"),
-        ("same_attribute", "one attribute, many names"),
-        ("bare", "names alone"),
-    ):
-        other[layout] = measure(f"{label}, {d}", d, style=replace(base, layout=layout))
-    other["words"] = measure(
-        f"values from word lists, {d}", d, kinds=("color", "city", "item", "word")
-    )
+    for d in DISTANCES:
+        notebooks = max(4, (40 if d < 1000 else 12 if d < 3000 else 8) // share)
+        options = {"notebooks": notebooks, "asked": 6 if d < 1000 else 16, "seed": args.seed + d}
+        on = recall(model, tokenizer, d, **options)
+        off = recall(model, tokenizer, d, hide=True, **options)
+        low, high = on.interval
+        rows.append(
+            {"distance": d, "recall": on.recall, "low": low, "high": high, "asked": on.total,
+             "hidden": off.recall}
+        )  # fmt: skip
+        print(
+            f"{d:5d} tokens ({d / window:5.1f} windows)  {on.recall:6.1%} ({low:.1%} to "
+            f"{high:.1%}) of {on.total:4d}, summaries hidden {off.recall:5.1%}   {on.kinds()}",
+            flush=True,
+        )
+    chat(model, tokenizer)
+    print(f"{time.monotonic() - started:.0f} s")
     if args.json:
-        args.json.write_text(json.dumps({"rows": rows, "other": other}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"rows": rows, "figures": figures}, indent=2) + "\n")
     if args.plot:
         plot(rows, window, args.longest, args.plot)
     return 0

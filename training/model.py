@@ -86,7 +86,7 @@ def rope_table(positions, config: NotebookConfig):
 
 
 def turn(x, cos, sin):
-    out = torch.empty(x.shape)
+    out = torch.empty(x.shape, dtype=x.dtype)
     (a, b), (c, d) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=d).addcmul_(a, sin)
