@@ -178,7 +178,7 @@ def dense(torch, model, ids):
 
 
 def test_gradients_of_the_short_forms_are_right(torch):
-    from training.model import NotebookConfig, Normed, rope_table, rotate  # noqa: PLC0415
+    from training.model import Normed, NotebookConfig, rope_table, rotate  # noqa: PLC0415
 
     torch.manual_seed(0)
     options = {"dtype": torch.float64, "requires_grad": True}

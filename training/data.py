@@ -243,7 +243,7 @@ class Writer:
 
     @staticmethod
     def fill(text: str, s: str, a: str) -> str:
-        """"the the router code" and "my my bike's" lose the first of two articles."""
+        """The wording with subject and attribute; "the the router code" loses an article."""
         if text.startswith("the {s}") and s.startswith(("the ", "my ", "our ")):
             text = text[4:]
         return text.replace("{s}", s).replace("{a}", a)

@@ -203,7 +203,9 @@ def about_notes(style: Style, kinds=HELD_OUT_KINDS, forms=None):
             if q.fact.kind in kinds and (q.fact.attribute or style.polite == 0):
                 text = q.text
                 if forms:
-                    filled = rng.choice(forms).format(writer.reference(q.fact.subject, q.fact.attribute))
+                    filled = rng.choice(forms).format(
+                        writer.reference(q.fact.subject, q.fact.attribute)
+                    )
                     text = turn(filled[0].upper() + filled[1:])
                 yield notes.ids, text, f"{q.fact.value}.", q.fact.kind
 

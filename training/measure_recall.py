@@ -70,10 +70,10 @@ def plot(rows: list[dict], window: int, longest: int, path: Path) -> None:
 def chat(model, tokenizer) -> None:
     cache, end = model.make_cache(), tokenizer.piece_to_id(END)
     for text in CHAT:
-        said = answer(model, cache, tokenizer.encode(f"{USER} {text}{ASSISTANT}"), end)
+        asked = tokenizer.encode(f"{USER} {text}{ASSISTANT}")
+        said = answer(model, cache, asked, end)
         print(f"> {text}\n  {tokenizer.decode(said).strip()}")
-        told = tokenizer.encode(f"{USER} {text}{ASSISTANT}") + [*said, end]
-        model(mx.array([told]), cache=cache)
+        model(mx.array([[*asked, *said, end]]), cache=cache)
 
 
 def main() -> int:

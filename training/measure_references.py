@@ -22,7 +22,8 @@ import mlx.core as mx
 import ksa_mlx
 from ksa_mlx.references.trace import trace_answer
 
-from .data import END, Style, Writer
+from .data import Style, Writer
+from .documents import END
 from .evaluate import answer, notebook
 from .tokenizer import load_tokenizer
 

@@ -65,13 +65,12 @@ class Level:
     copies: float = 1.0
 
 
-LEVELS = [  # fmt: skip
-    Level(
-        128, 24,
-        Style(things=0.1, filler=0.03, shared=0.3, plain=0.8, polite=0.1, lower=0.1, absent=0.05,
-              follow=0.1, updates=0.02, talk=0.03),
-        0.75,
-    ),
+FIRST_STYLE = Style(
+    things=0.1, filler=0.03, shared=0.3, plain=0.8, polite=0.1, lower=0.1, follow=0.1, absent=0.05,
+    updates=0.02, talk=0.03,
+)  # fmt: skip
+LEVELS = [
+    Level(128, 24, FIRST_STYLE, 0.75),
     Level(192, 16, Style(filler=0.06, shared=0.4, plain=0.6, absent=0.08), 0.80),
     Level(256, 12, Style(filler=0.1), 0.85),
     Level(384, 8, Style(filler=0.15), 0.88),
@@ -277,7 +276,8 @@ def train(
 
     def save():
         s = {
-            "model": model.state_dict(), "reader": reader.data, "optimizers": [o.state_dict() for o in opts],
+            "model": model.state_dict(), "reader": reader.data,
+            "optimizers": [o.state_dict() for o in opts],
             "rng": list(rng.getstate()),
             "torch_rng": torch.get_rng_state(), "config": config.to_dict(),
             "progress": [step, level, since, tokens, recall_average, time.process_time() - started],

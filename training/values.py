@@ -81,8 +81,10 @@ class Draw:
     def time(self) -> str:
         rng = self.rng
         return self.unseen(
-            lambda: f"{rng.randint(1, 12)}:{rng.choice('012345')}{rng.choice('05')}"
-            + (rng.choice((" am", " pm")) if rng.random() < 0.15 else "")
+            lambda: (
+                f"{rng.randint(1, 12)}:{rng.choice('012345')}{rng.choice('05')}"
+                + (rng.choice((" am", " pm")) if rng.random() < 0.15 else "")
+            )
         )
 
     def date(self) -> str:
@@ -188,7 +190,7 @@ class Draw:
         return rng.choice(rng.choice((words.ITEMS, words.PLACES, words.THINGS)))
 
     def thing(self) -> str:
-        """"the north garage", "my bike", "room 12", "wifi"."""
+        """Names of things: "the north garage", "my bike", "room 12", "wifi"."""
         rng, x = self.rng, self.rng.random()
         if x < 0.3:
             place = self.noun() if self.held_out else rng.choice(words.PLACES)
