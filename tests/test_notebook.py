@@ -17,7 +17,7 @@ from training import documents as docs
 from training import evaluate, values
 from training.data import Style, Writer
 from training.documents import Composer
-from training.tokenizer import load_tokenizer
+from training.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "ksa_mlx" / "notebook"
@@ -109,10 +109,15 @@ def test_answers_are_the_newest_values(tokenizer):
     assert told_twice > 10
 
 
-def test_a_name_in_lower_case_differs_in_one_token(tokenizer):
-    for name in values.NAMES[True][:40]:
+def test_a_name_in_lower_case_differs_in_one_token(tmp_path):
+    tokenizer = train_tokenizer(tmp_path / "tokenizer.model", 1280)
+    assert tokenizer.vocab_size() == 1280
+    alike = 0
+    for name in values.NAMES[True]:
         upper, lower = (tokenizer.encode(f" {n}") for n in (name, name.lower()))
-        assert upper[1:] == lower[1:] and upper[0] != lower[0]
+        alike += upper[1:] == lower[1:] and upper[0] != lower[0]
+    # Others begin with a common word: "Will", "Theo".
+    assert alike >= 0.95 * len(values.NAMES[True])
 
 
 def test_intervals_are_wilsons():
@@ -223,7 +228,10 @@ def test_training_learns_and_resumes(torch, tokenizer, tmp_path):
 
     said = []
     options = {
-        "lr": 4e-3, "seed": 0, "config": NotebookConfig(hidden_size=32, num_layers=3, head_dim=16),
+        "lr": 4e-3, "seed": 0,
+        "config": NotebookConfig(
+            vocab_size=tokenizer.vocab_size(), hidden_size=32, num_layers=3, head_dim=16
+        ),
         "levels": [Level(64, 4, Style(filler=0), 2.0)], "say": said.append, "report_every": 10,
     }  # fmt: skip
     train(tokenizer, tmp_path, steps=20, **options)

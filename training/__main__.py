@@ -29,7 +29,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vocab-size", type=int, default=1280)
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 products")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="products in bfloat16, for CPUs that have it"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     args = parser.parse_args()
     try:
@@ -74,7 +76,7 @@ def main() -> int:
         seed=args.seed,
         resume=args.resume,
         config=NotebookConfig(vocab_size=args.vocab_size),
-        bfloat16=not args.float32,
+        bfloat16=args.bfloat16,
         say=say,
     )
     export(model, model_file, args.out / "checkpoint")

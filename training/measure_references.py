@@ -22,9 +22,9 @@ import mlx.core as mx
 import ksa_mlx
 from ksa_mlx.references.trace import trace_answer
 
-from .data import Style, Writer
+from .data import Writer
 from .documents import END
-from .evaluate import answer, notebook
+from .evaluate import KNOWN, answer, notebook
 from .tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +64,7 @@ def measure(model, tokenizer, lengths=LENGTHS, notebooks=10, asked=6, seed=1):
 
     model: a KSA model; tokenizer: its SentencePieceProcessor.
     """
-    style = Style(filler=0.25, held_out=True)
+    style = KNOWN
     for length in lengths:
         rng, figures = random.Random(seed + length), Figures()
         writer = Writer(rng, style)
