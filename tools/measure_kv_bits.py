@@ -2,9 +2,9 @@
 
     python tools/measure_kv_bits.py
 
-Text and summaries are rounded to each pair of bit widths (mlx's affine format, groups of 32) and
-the logits of a long text are compared with those of the plain cache: on the embedded model, whose
-recall goes through its summaries, and on a random model.
+A long text is read through caches whose keys, values and window text have bits of their own (mlx's
+affine format, groups of 32, from the first token on), and the logits are compared with those of
+plain caches: on the embedded model, whose recall goes through its summaries, and on a random model.
 """
 
 import argparse
@@ -14,58 +14,59 @@ import mlx.core as mx
 import ksa_mlx
 from ksa_mlx.benchmark.models import dims, make_args
 from ksa_mlx.benchmark.timing import Table
-from ksa_mlx.cache.rolling import RollingSummaryCache
 from ksa_mlx.chat.notebook import CHECKPOINT, notes
 from ksa_mlx.model import Model
 
 GROUP = 32
 
-
-def rounded(x: mx.array, bits: int) -> mx.array:
-    if bits == 16:
-        return x
-    return mx.dequantize(*mx.quantize(x, GROUP, bits), GROUP, bits).astype(x.dtype)
-
-
-class Rounded(RollingSummaryCache):
-    """Holds what a quantised cache would give back; text and summaries each in their bits."""
-
-    def __init__(self, cache: RollingSummaryCache, text: int, summaries: int):
-        super().__init__(cache.chunk, cache.summary_tokens, cache.window)
-        self.bits_of_text, self.bits_of_summaries = text, summaries
-
-    def append(self, keys, values):
-        return super().append(*(rounded(x, self.bits_of_text) for x in (keys, values)))
-
-    def extend(self, keys, values, first=None):
-        return super().extend(*(rounded(x, self.bits_of_text) for x in (keys, values)), first)
-
-    def store_summaries(self, keys, values):
-        super().store_summaries(*(rounded(x, self.bits_of_summaries) for x in (keys, values)))
+# Bits of keys, of values, and of the window's text (keys and values), None: as all else.
+SPLITS: list[tuple[int, int, int | None]] = [
+    (8, 8, None),
+    (8, 4, None),
+    (6, 6, None),
+    (4, 8, None),
+    (6, 4, None),
+    (5, 5, None),
+    (4, 6, None),
+    (4, 4, None),
+    (6, 4, 8),
+    (5, 5, 8),
+    (4, 6, 8),
+    (4, 4, 8),
+    (5, 3, 8),
+    (3, 5, 8),
+    (3, 3, 8),
+]
 
 
-def logprobs(model: Model, text: mx.array, bits=None) -> mx.array:
+def logprobs(model: Model, text: mx.array, split=None) -> tuple[mx.array, int]:
+    """Of a text (1, n) read in steps of 512, and the bytes of the caches behind it."""
     cache = model.make_cache()
-    if bits:
-        cache = [Rounded(c, *bits) for c in cache]
+    if split:
+        bits, value_bits, text_bits = split
+        cache = ksa_mlx.make_cache(model, text_bits=text_bits, value_bits=value_bits)
+        cache = [c.to_quantized(GROUP, bits) for c in cache]
     parts = []
     for at in range(0, text.shape[1], 512):
         x = model(text[:, at : at + 512], cache=cache).astype(mx.float32)
         parts.append(x - mx.logsumexp(x, axis=-1, keepdims=True))
         mx.eval(parts[-1])
-    return mx.concatenate(parts, axis=1)
+    return mx.concatenate(parts, axis=1), sum(c.nbytes for c in cache)
 
 
 def measure(name: str, model: Model, text: mx.array):
-    exact = logprobs(model, text)
-    columns = [("text bits", 9), ("summary bits", 14), ("mean KL", 12), ("max KL", 12)]
-    table = Table(f"{name}, {text.shape[1]} tokens", [*columns, ("same top token", 16)])
-    for bits in ((8, 8), (4, 4), (4, 8), (8, 4), (4, 16), (16, 4)):
-        got = logprobs(model, text, bits)
-        kl = (mx.exp(exact) * (exact - got)).sum(axis=-1)
+    exact, plain = logprobs(model, text)
+    columns = [("keys", 6), ("values", 7), ("text", 5), ("bytes", 8), ("mean KL", 10)]
+    table = Table(f"{name}, {text.shape[1]} tokens", [*columns, ("max KL", 10), ("same", 8)])
+    for bits in SPLITS:
+        got, held = logprobs(model, text, bits)
+        # What is never predicted is minus infinity in both.
+        both = mx.where(mx.isinf(exact), 0.0, exact - got)
+        kl = (mx.exp(exact) * both).sum(axis=-1)
         same = (exact.argmax(axis=-1) == got.argmax(axis=-1)).mean()
         numbers = f"{kl.mean().item():.2e}", f"{kl.max().item():.2e}", f"{same.item():.4f}"
-        table.add(*bits, *numbers)
+        keys, values, own = bits
+        table.add(keys, values, own or "", f"{held / plain:.3f}", *numbers)
 
 
 def random_model() -> Model:

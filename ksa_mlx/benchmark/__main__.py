@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
         choices=[4, 8],
         help="decode on quantised caches, and nothing else",
     )
+    add("--kv-value-bits", type=int, choices=[4, 8], help="those of the values (--kv-bits)")
     add("--kernels", action="store_true", help="the Metal kernels, and nothing else")
     add("--json", metavar="FILE", help="keep the figures here, from the first line on")
     add("--plot", metavar="FILE.png", help="needs matplotlib (extra `plot`)")
@@ -75,6 +76,8 @@ def check(options: argparse.Namespace, args: ModelArgs, instrument: Any):
             raise KSAError(f"--{flag}: found {getattr(options, flag)}, expected at least {least}")
     if options.json is not None:
         check_file("--json", options.json)
+    if options.kv_value_bits is not None and not options.kv_bits:
+        raise KSAError("--kv-value-bits: needs --kv-bits")
     if options.plot is not None:
         check_file("--plot", options.plot)
         plot.check(options.plot)
@@ -137,7 +140,10 @@ def run(options: argparse.Namespace, instrument: Any):
             ksa, _ = build(args, dtype)
         table = kv.table()
         for n in options.contexts:
-            results.add("kv_bits", kv.measure(ksa, n, options.steps, dtype, options.kv_bits))
+            results.add(
+                "kv_bits",
+                kv.measure(ksa, n, options.steps, dtype, options.kv_bits, options.kv_value_bits),
+            )
             for line in kv.lines(results.last("kv_bits")):
                 table.add(*line)
     else:

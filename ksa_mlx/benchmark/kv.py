@@ -12,18 +12,24 @@ from .timing import Table, bar, in_turns, ratio, size, spread
 WARMUP = 3
 
 
-def measure(ksa, n: int, steps: int, dtype: mx.Dtype, widths: list[int]) -> dict[str, Any]:
+def measure(
+    ksa, n: int, steps: int, dtype: mx.Dtype, widths: list[int], value_bits: int | None = None
+) -> dict[str, Any]:
     """Decode steps after n tokens, on plain and on quantised caches: bytes held, peak, time.
 
-    A width is that of all keys and values; "4, text 8" is 4 bits but for the windows' text.
+    A width is that of all keys and values; "4, text 8" is 4 bits but for the windows' text, and
+    "8, values 4" but for the values, where `value_bits` are given.
     """
     ways: dict[str, Any] = {"plain": None, **{str(bits): (bits, None) for bits in widths}}
     if 4 in widths:
         ways["4, text 8"] = 4, 8
+    if value_bits:
+        ways |= {f"{b}, values {value_bits}": (b, None, value_bits) for b in widths}
     token, held, peak = mx.array([[7]]), {}, {}
 
-    def caches(bits=None, text_bits=None):
-        made = [filled(c, ksa.args, n, dtype) for c in make_cache(ksa, text_bits=text_bits)]
+    def caches(bits=None, text_bits=None, value_bits=None):
+        made = make_cache(ksa, text_bits=text_bits, value_bits=value_bits)
+        made = [filled(c, ksa.args, n, dtype) for c in made]
         if bits:
             # One after the other, so that two forms of a cache are never held at once.
             for i, c in enumerate(made):
