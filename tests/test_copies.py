@@ -9,7 +9,9 @@ import pytest
 
 import ksa_mlx
 from ksa_mlx import naive
+from ksa_mlx.attention.decode import OPERATIONS, arm
 from ksa_mlx.benchmark.models import filled
+from ksa_mlx.cache.rolling import RollingSummaryCache
 
 from ._models import build, tokens, worst
 
@@ -105,3 +107,27 @@ def test_few_tokens_and_trims(shape, summaries):
             first = max(0, (at - 1) // k - window)
             assert len(slots) == len(set(slots)) == at - first * k
             assert summarised == first * summaries
+
+
+@pytest.mark.parametrize(
+    ("bits", "value_bits", "rows", "name"),
+    [
+        (None, None, 5, "kernel"),
+        (8, 4, 1, "kernel"),
+        (8, 4, 5, OPERATIONS),
+        (8, 6, 1, OPERATIONS),
+    ],
+)
+def test_what_the_kernel_takes(bits, value_bits, rows, name):
+    """Across an edge two ranges of one buffer, or with summaries in another three, which it does
+    not; and of bits those that it reads, of keys and of values."""
+    cache = RollingSummaryCache(8, 1, 4, rollback=16, value_bits=value_bits)
+    pair = [mx.zeros((1, 1, 60, 32))] * 2
+    cache.extend(*pair, 0, 3, tuple(x[:, :, :3] for x in pair))
+    if bits:
+        cache = cache.to_quantized(32, bits)
+    moves = cache.place.advance(rows + 2, 3, 4)
+    cache.begin(moves, tuple(x[:, :, : rows + 2] for x in pair), tuple(x[:, :, :1] for x in pair))
+    seen = cache.seen(*moves.pieces[-1][2:])
+    assert len(moves.pieces) == (2 if rows > 2 else 1)
+    assert arm("metal", mx.zeros((1, 2, 1, 32)), [seen]) == name

@@ -114,7 +114,7 @@ ARMS: dict[str, Arm] = {
 def arm(choice: str, queries: mx.array, rows: list[list[Segment]]) -> str:
     """The name of the arm that computes this; choice: what `metal.wanted` says."""
     heads, length, dim = queries.shape[1:]
-    if length > POSITIONS:
+    if length > POSITIONS or any(len(segments) > 2 for segments in rows):
         return OPERATIONS
     for segments in rows:
         plain = [x.keys if isinstance(x.keys, mx.array) else x.keys[1] for x in segments]
@@ -122,8 +122,9 @@ def arm(choice: str, queries: mx.array, rows: list[list[Segment]]) -> str:
         if not metal.takes(queries, kv_heads, *(x.dtype for x in plain)):
             return OPERATIONS
         formats = tuple((x.form.bits, x.form.group_size) for x in segments)
-        for held, found in zip(plain, formats, strict=True):
-            if held.size < 8 or (found[0] and found not in metal.FORMATS):
+        for held, found, x in zip(plain, formats, segments, strict=True):
+            both = {found, (x.form.value_bits, x.form.group_size)}
+            if held.size < 8 or (found[0] and not both <= set(metal.FORMATS)):
                 return OPERATIONS
     if choice == "metal":
         return "kernel"
