@@ -94,19 +94,22 @@ inline void visit(
     biases[c] = 0.0f;
   }
   for (int tile = low + static_cast<int>(simdgroup) * kTile; tile < high; tile += N * kTile) {
+    // The last tile begins earlier, so that no slot needs a check before it is read.
+    const int base = max(0, min(tile, high - kTile));
+    const int fresh = max(tile, sees_from);
     float weights[steps];
     float best = rows.best;
     KSA_UNROLL
     for (int s = 0; s < steps; s++) {
-      const int slot = tile + s * keys + k;
+      const int slot = base + k + s * keys;
       float scores[C];
       KSA_UNROLL
       for (int c = 0; c < C; c++) {
         scores[c] = 0.0f;
       }
-      dot<D, C>(kv, queries, min(slot, high - 1), j, scores);
+      dot<D, C>(kv, queries, slot, j, scores);
       const float score = scatter<C, L>(scores, lane);
-      weights[s] = slot >= sees_from && slot < sees_to ? score : kLowest;
+      weights[s] = slot >= fresh && slot < sees_to ? score : kLowest;
       best = max(best, weights[s]);
     }
     KSA_UNROLL
@@ -139,7 +142,7 @@ inline void visit(
       for (int c = 0; c < C; c++) {
         of_row[c] = simd_broadcast(weights[i / keys], static_cast<ushort>(i % keys * L + lane_of(c, C)));
       }
-      add<D, C>(kv, rows, biases, min(tile + i, high - 1), static_cast<int>(lane), of_row);
+      add<D, C>(kv, rows, biases, base + i, static_cast<int>(lane), of_row);
     }
   }
   finish<D, C>(kv, rows, biases);

@@ -10,6 +10,7 @@ import ksa_mlx
 from ksa_mlx.benchmark.models import filled, held_bytes
 from ksa_mlx.cache.place import CAPACITY
 from ksa_mlx.cache.rolling import RollingSummaryCache
+from ksa_mlx.cache.storage import PLAIN, Affine, Joined
 
 from ._models import build, tokens, worst
 
@@ -51,7 +52,7 @@ def test_capacity_grows_in_steps():
         capacities.append(seen.keys.shape[2])
     assert len(set(capacities)) < 8
     held = seen.stop - seen.start
-    assert held <= capacities[-1] <= held + CAPACITY + 4
+    assert held <= capacities[-1] <= held + 2 * CAPACITY + 4
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -120,7 +121,8 @@ def test_rollback_costs_little():
     model = build(summary_sliding_chunk_num=128, summary_chunk_size=8)
     held = [fed(model, 2047, r, step=512)[0].nbytes for r in (0, 16)]
     per_token = 2 * 2 * 8 * 4  # keys and values, KV heads, head_dim, bytes
-    assert held[1] - held[0] == (2 + 2) * 8 * per_token
+    # Whole pages may have room for some of it already.
+    assert 0 < held[1] - held[0] <= (2 + 2) * 8 * per_token
 
 
 def test_the_reach_of_rollback():
@@ -159,3 +161,18 @@ def test_text_without_its_summaries_is_refused():
         cache.begin(moves, (x, x), None)
     with pytest.raises(ValueError, match="0 chunks are summarised, 1 must be"):
         cache.place.advance(4, 0, 0)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_large_planes_fill_whole_pages(bits):
+    """Else MLX's pool may hand out a buffer that is too large to be changed in place."""
+    form = PLAIN if bits == 16 else Affine(bits, 64)
+    assert copy.deepcopy(form) is form and form is (Affine(bits, 64) if form.bits else PLAIN)
+    storage = Joined(form)
+    one = mx.zeros((1, 8, 1, 128), mx.bfloat16)
+    for summaries in (0, 1, 300, 2000, 16384):
+        storage.reserve(summaries, 1032, one, one)
+        for plane in storage.text.planes:
+            assert plane.nbytes < 65536 or plane.nbytes % 16384 == 0
+        assert storage.text.slots == storage.left + storage.right
+        assert 0 <= storage.left - summaries <= 256 + 512

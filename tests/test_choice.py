@@ -11,8 +11,9 @@ import pytest
 
 from ksa_mlx.attention import choice, record
 from ksa_mlx.attention.choice import OPERATIONS, Inputs, Key, Trial
+from ksa_mlx.cache.storage import PLAIN
 
-KEY = Key("decode", mx.float32, 64, 2, 4, 1, ((0, 0),), 1024)
+KEY = Key("decode", mx.float32, 64, 2, 4, 1, (PLAIN,), 1024)
 LAYERS = 8
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from ksa_mlx.attention import kernel, metal
 from ksa_mlx.attention.kernel import Variant
+from ksa_mlx.cache.storage import PLAIN, Affine, Segment
 
 from . import metal_cpu
 from ._kernels import (
@@ -55,6 +56,17 @@ def held(x, bits, group_size):
     return packed, unpacked(*packed, bits)
 
 
+def form(keys, values, group_size):
+    """The form of keys and values of so many bits."""
+    return PLAIN if keys == 16 else Affine(keys, group_size, values)
+
+
+def launch(queries, caches, ranges, variant=USUAL):
+    """The kernel over caches[b][i] = (keys, values, form), and ranges[b][i][position] of them."""
+    rows = [[Segment(k, v, 0, 1, f) for k, v, f in own] for own in caches]
+    return kernel.decode_kernel(queries, rows, ranges, variant)
+
+
 def spans(rows, slots, length):
     """About `length` slots in two ranges of one buffer; the last position sees all of them."""
     first = length // 3
@@ -75,15 +87,15 @@ def decode_case(
     rng = np.random.default_rng(seed)
     kv_heads = 2 if group <= 4 and keys < 300 else 1
     queries, caches, ranges, exact = [], [], [], []
-    most = keys + 7 * B + 3
+    most = keys + 7 * B + TILE
     for b in range(B):
         n = max(keys - 5 * b, min(keys, 1))
-        slots = most if not own else n + 3 * b + 9
+        slots = most if not own else n + 3 * b + TILE
         kind = adversarial(values, rng, DTYPES[dtype], group * kv_heads, kv_heads, rows, dim, slots)
         queries.append(kind[0])
         parts = spans(rows, slots, n)
         if formats is None:
-            caches.append([kind[1:]] * 2)
+            caches.append([(*kind[1:], PLAIN)] * 2)
             ranges.append(list(parts))
             seen = f64(kind[1]), f64(kind[2]), [list(parts)]
         else:
@@ -94,7 +106,8 @@ def decode_case(
                 )
                 pairs.append([held(y, n, group_size) for y, n in zip(x[1:], bits, strict=True)])
                 some.append(parts[i] if len(formats) == 2 else parts[1])
-            caches.append([[x for x, _ in pair] for pair in pairs])
+            forms = [form(*bits, group_size) for bits in formats]
+            caches.append([(*(x for x, _ in p), f) for p, f in zip(pairs, forms, strict=True)])
             ranges.append(some)
             k, v = (np.concatenate([p[i][1] for p in pairs], axis=2) for i in range(2))
             moved = [[(slots * i + a, slots * i + z) for a, z in one] for i, one in enumerate(some)]
@@ -102,9 +115,14 @@ def decode_case(
         exact.append(over_slots(f64(kind[0]), *seen))
     if not own:
         both = range(len(caches[0]))
-        caches = [[tuple(joined([of[i][j] for of in caches]) for j in range(2)) for i in both]]
+        caches = [
+            [
+                (*(joined([of[i][j] for of in caches]) for j in range(2)), caches[0][i][2])
+                for i in both
+            ]
+        ]
     with run(**settings) as log:
-        got = kernel.launch(mx.concatenate(queries), caches, ranges, variant)
+        got = launch(mx.concatenate(queries), caches, ranges, variant)
     close(got, np.concatenate(exact), TOLERANCE[dtype])
     return log, ranges
 
@@ -185,7 +203,7 @@ def test_decode_with_other_arithmetic(case, settings):
 def test_a_single_visible_key_gives_its_value():
     q, k, v = adversarial("large", np.random.default_rng(3), mx.float32, 2, 1, 1, 64, 50)
     with run(check=False):
-        got = kernel.launch(q, [[(k, v)]], [[[(17, 18)]]])
+        got = launch(q, [[(k, v, PLAIN)]], [[[(17, 18)]]])
     assert mx.array_equal(got, mx.broadcast_to(v[:, :, 17:18], got.shape))
 
 
@@ -229,7 +247,7 @@ def seen_slots(ranges, shape):
 @pytest.mark.parametrize("rows, group", [(1, 4), (2, 2), (1, 3)])
 @pytest.mark.parametrize("formats", [[(16, 16)], [(4, 4)], [(8, 4), (16, 16)]])
 def test_decode_loads_what_is_visible_once(formats, rows, group):
-    """Of a tile that is not full, the last key is loaded in place of what is missing."""
+    """The last tile begins earlier if there is too little for it."""
     keys = 10 * TILE + 3
     log, ranges = decode_case(
         run, "float32", 64, group, 2, rows, keys, "random", formats=formats, variant=Variant(4)
@@ -257,14 +275,18 @@ def test_decode_parts_are_written_and_read_once():
 
 def test_what_the_kernel_does_not_read_is_refused():
     x = mx.zeros((1, 1, 64, 64))
-    packed = mx.quantize(x, group_size=64, bits=2)
-    with pytest.raises(ValueError, match="found 2 bits"):
-        kernel.launch(x[:, :, :1], [[(packed, packed)]], [[[(0, 1)]]])
-    packed = mx.quantize(x.astype(mx.float16), group_size=64, bits=8)
-    with pytest.raises(ValueError, match=r"found mlx.core.float16 scales"):
-        kernel.launch(x[:, :, :1], [[(packed, packed)]], [[[(0, 1)]]])
+    for bits, held, expected in (
+        (2, x, "found 2 bit/64, expected 4 or 8"),
+        (8, x.astype(mx.float16), r"found mlx.core.float16 scales"),
+    ):
+        packed = mx.quantize(held, group_size=64, bits=bits)
+        with pytest.raises(ValueError, match=expected):
+            launch(x[:, :, :1], [[(packed, packed, Affine(bits, 64))]], [[[(0, 1)]]])
+    short = x[:, :, :15]
+    with pytest.raises(ValueError, match="found 15 slots, expected at least 16"):
+        launch(x[:, :, :1], [[(short, short, PLAIN)]], [[[(0, 1)]]])
     with pytest.raises(ValueError, match="found 9 query rows"):
-        kernel.launch(x[:, :, :9], [[(x, x)]], [[[(0, 1)] * 9]])
+        launch(x[:, :, :9], [[(x, x, PLAIN)]], [[[(0, 1)] * 9]])
 
 
 @pytest.mark.parametrize("letter, most", [("g", 5), ("s", 20), ("d", 40), ("?", 20)])
@@ -279,3 +301,37 @@ def test_splits_follow_keys_and_cores(monkeypatch, letter, most):
         assert kernel._splits(17416, 8 * 40, 64) <= 2
     finally:
         kernel.cores.cache_clear()
+
+
+LENGTHS = 8 * TILE, 40 * TILE
+
+
+def counted(dim, group, bits, dtype="bfloat16"):
+    """What each further key costs in a long range, of one KV head and all its query heads; and
+    how often each element of keys and values is loaded."""
+    logs, loaded = [], []
+    for n in LENGTHS:
+        k = mx.zeros((1, 1, n + 5, dim), DTYPES[dtype])
+        cache = held(k, bits, 64)[0]
+        one = cache, cache, form(bits, bits, 64)
+        with run() as log:
+            queries = mx.zeros((1, group, 1, dim), DTYPES[dtype])
+            launch(queries, [[one]], [[[(3, n + 3)]]], Variant(splits=1))
+        logs.append(log.launches)
+        loaded.append([log.last.buffers[x] for x in ("keys_0", "values_0")])
+    more = LENGTHS[1] - LENGTHS[0]
+    for short, long in zip(*loaded, strict=True):
+        once = more * dim * (16 if bits == 16 else bits) / 8
+        assert once <= long.loaded_bytes - short.loaded_bytes <= 1.03 * once
+    return metal_cpu.per_key(*logs, keys=more)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dim, group", [(128, 4), (64, 4), (256, 2)])
+def test_what_a_key_costs(dim, group, bits):
+    """Shuffles by a computed index take 28 cycles on M1, sums over a simdgroup 14 (docs/kernels.md)."""
+    cost = counted(dim, group, bits)
+    assert cost["reductions"] == cost["lane_shuffles"] == cost["threadgroup_barriers"] == 0
+    assert cost["shuffles"] + cost["broadcasts"] <= 7
+    assert cost["exponentials"] <= 0.6
+    assert cost["votes"] <= 1 / TILE

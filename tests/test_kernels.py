@@ -3,9 +3,9 @@
 import mlx.core as mx
 import pytest
 
-from ksa_mlx.attention import kernel
-from ksa_mlx.attention.kernel import Variant
+from ksa_mlx.attention.kernel import Variant, decode_kernel
 from ksa_mlx.attention.prefill import layout, prefill_kernel
+from ksa_mlx.cache.storage import PLAIN, Affine, Segment
 
 from . import metal_cpu
 from ._kernels import DTYPES, run
@@ -22,21 +22,22 @@ def every_kernel(dtype, dim, slots):
         return mx.zeros((1, heads, n, dim), dtype=dtype)
 
     cache = zeros(1, slots)
-    plain, seen = (cache, cache), [(0, 1)]
+    plain = Segment(cache, cache, 0, 1, PLAIN)
     for heads, rows, splits in ((1, 1, 1), (1, 8, 1), (4, 8, 1), (1, 1, 2)):
-        variant, ranges = Variant(0, splits), [[seen * rows]]
-        kernel.launch(zeros(heads, rows), [[plain]], ranges, variant)
+        variant, seen = Variant(0, splits), [(0, 1)] * rows
+        decode_kernel(zeros(heads, rows), [[plain]], [[seen]], variant)
         if dim % 32 == 0:
             packed, wide = (mx.quantize(cache, group_size=32, bits=bits) for bits in (4, 8))
-            kernel.launch(zeros(heads, rows), [[(packed, wide)]], ranges, variant)
-            both = [[(wide, wide), plain]] * 3
+            split = Segment(packed, wide, 0, 1, Affine(4, 32, 8))
+            decode_kernel(zeros(heads, rows), [[split]], [[seen]], variant)
+            both = [[Segment(wide, wide, 0, 1, Affine(8, 32)), plain]] * 3
             q = mx.zeros((3, heads, rows, dim), dtype=dtype)
-            kernel.launch(q, both, [[seen * rows] * 2] * 3, variant)
+            decode_kernel(q, both, [[seen] * 2] * 3, variant)
     where = layout([9], [0], [0], [1], 4, 1, 2)
     prefill_kernel(zeros(1, 9), zeros(1, 9), zeros(1, 9), cache, cache, where)
 
 
-LINTED = [("float32", 32, 8), ("bfloat16", 128, 300), ("float16", 256, 300), ("bfloat16", 80, 8)]
+LINTED = [("float32", 32, 16), ("bfloat16", 128, 300), ("float16", 256, 300), ("bfloat16", 80, 16)]
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ksa_mlx.attention import kernel, metal
-from ksa_mlx.attention.kernel import Variant
+from ksa_mlx.attention import metal
+from ksa_mlx.attention.kernel import Variant, decode_kernel
 from ksa_mlx.attention.prefill import layout, prefill_kernel
+from ksa_mlx.cache.storage import PLAIN, Affine, Segment
 
 from . import metal_cpu, metal_cuda
 from .metal_cuda import gpu, stand_in
@@ -45,12 +46,12 @@ def some_of_each():
         (mx.float16, 80, 4, 1, 2),
     ):
         cache = zeros(dtype, 1, 32, dim)
-        ranges, variant = [[[(0, 1)] * rows]], Variant(0, splits)
-        kernel.launch(zeros(dtype, heads, rows, dim), [[(cache, cache)]], ranges, variant)
+        one = Segment(cache, cache, 0, 8, PLAIN)
+        decode_kernel(zeros(dtype, heads, rows, dim), [[one]], variant=Variant(0, splits))
     x = zeros(mx.float16, 1, 32, 128)
-    eight, four = (mx.quantize(x, group_size=64, bits=bits) for bits in (8, 4))
-    for first in (eight, x):
-        kernel.launch(x[:, :, :1], [[(first, first), (four, four)]], [[[(0, 1)]] * 2])
+    wide, narrow = (Segment(*(mx.quantize(x, 64, n),) * 2, 0, 8, Affine(n, 64)) for n in (8, 4))
+    for first in (wide, Segment(x, x, 0, 8, PLAIN)):
+        decode_kernel(x[:, :, :1], [[first, narrow]])
     where = layout([9], [0], [0], [1], 4, 1, 2)
     for dtype, dim in ((mx.float32, 64), (mx.bfloat16, 256)):
         x = zeros(dtype, 1, 9, dim)

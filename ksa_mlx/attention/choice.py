@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..cache.storage import Form
 from ..errors import one_line
 from . import record
 
@@ -44,7 +45,7 @@ Arm = Callable[[mx.array, Any], mx.array]
 class Key(NamedTuple):
     """What an arm is chosen for.
 
-    rows: query rows a sequence. formats: (bits, group size) of each segment, (0, 0) if plain.
+    rows: query rows a sequence. forms: of each segment.
     keys: the length, one of the trial's `timed`. sequences: of a batch that share no cache.
     """
 
@@ -54,13 +55,13 @@ class Key(NamedTuple):
     kv_heads: int
     group: int
     rows: int
-    formats: tuple[tuple[int, int], ...]
+    forms: tuple[Form, ...]
     keys: int
     sequences: int = 1
 
     def __str__(self) -> str:
         """A line for people and for the file."""
-        forms = " + ".join(f"{bits} bit/{size}" if bits else "plain" for bits, size in self.formats)
+        forms = " + ".join(map(str, self.forms))
         return (
             f"{self.kernel}, {name_of(self.dtype)}, head_dim "
             f"{self.head_dim}, {self.kv_heads} KV heads of {self.group}, rows {self.rows}, "
@@ -177,7 +178,7 @@ def _is_right(key: Key, name: str, arm: Arm, trial: Trial, retune: bool) -> bool
     if isinstance(off, float | int) and off <= ALLOWED:
         return True
     # Operations on quantised caches may just round more, as scores are of the queries' dtype.
-    if name != OPERATIONS or not any(bits for bits, _ in key.formats):
+    if name != OPERATIONS or not any(form.bits for form in key.forms):
         _warn(key, name, off)
     return False
 

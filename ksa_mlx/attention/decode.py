@@ -8,10 +8,20 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from ..cache.storage import Held, Segment, part_of
+from ..cache.storage import Segment, part_of
 from . import metal
 from .choice import OPERATIONS, Arm, Key, chosen
-from .kernel import POSITIONS, Variant, decode_kernel, room
+from .kernel import (
+    POSITIONS,
+    SEGMENTS,
+    TILE,
+    Signature,
+    Variant,
+    decode_kernel,
+    heads_of,
+    room,
+    signature,
+)
 from .plan import BLOCK
 from .trial import DECODE
 
@@ -21,13 +31,18 @@ def decode(queries: mx.array, segments: list[Segment], kernels: str | None) -> m
 
     kernels: what `metal.wanted` says; a kernel has no gradient. Returns (B, heads, L, head_dim).
     """
-    return decode_rows(queries, [segments], kernels)
+    if kernels:
+        return decode_rows(queries, [segments], kernels)
+    return decode_ops(queries, segments)
 
 
 def decode_rows(queries: mx.array, rows: list[list[Segment]], kernels: str | None) -> mx.array:
     """The same for a batch: segments of each sequence, or of one cache that all share."""
     if kernels:
-        return ARMS[arm(kernels, queries, rows)](queries, rows)
+        signed = signature(rows)
+        name = arm(kernels, queries, rows, signed)
+        if name != OPERATIONS:
+            return decode_kernel(queries, rows, None, VARIANTS[name], signed)
     return decode_rows_ops(queries, rows)
 
 
@@ -43,7 +58,7 @@ def decode_ops(queries: mx.array, segments: list[Segment]) -> mx.array:
         if length > 1:
             return attend(queries, *seen, "causal")
         return mx.fast.scaled_dot_product_attention(queries, *seen, scale=queries.shape[-1] ** -0.5)
-    kv_heads = _heads(segments[0].keys)
+    kv_heads = heads_of(segments[0])
     q = (queries * queries.shape[-1] ** -0.5).reshape(
         queries.shape[0], kv_heads, -1, length, queries.shape[-1]
     )
@@ -103,35 +118,47 @@ def decode_rows_ops(queries: mx.array, rows: list[list[Segment]]) -> mx.array:
 
 
 # The kernel as it is cut usually, with fewer rows a simdgroup, with fewer threadgroups.
-ARMS: dict[str, Arm] = {
-    OPERATIONS: decode_rows_ops,
-    "kernel": decode_kernel,
-    "kernel, 2 rows": functools.partial(decode_kernel, variant=Variant(rows=2)),
-    "kernel, 256 keys": functools.partial(decode_kernel, variant=Variant(keys=256)),
+VARIANTS = {
+    "kernel": Variant(),
+    "kernel, 2 rows": Variant(rows=2),
+    "kernel, 256 keys": Variant(keys=256),
+}
+ARMS: dict[str, Arm] = {OPERATIONS: decode_rows_ops} | {
+    name: functools.partial(decode_kernel, variant=variant) for name, variant in VARIANTS.items()
 }
 
 
-def arm(choice: str, queries: mx.array, rows: list[list[Segment]]) -> str:
+def arm(
+    choice: str, queries: mx.array, rows: list[list[Segment]], signed: Signature | None = None
+) -> str:
     """The name of the arm that computes this; choice: what `metal.wanted` says."""
-    heads, length, dim = queries.shape[1:]
-    if length > POSITIONS or any(len(segments) > 2 for segments in rows):
+    kv_heads = heads_of(rows[0][0])
+    key = _key(queries.shape, queries.dtype, kv_heads, signed or signature(rows))
+    if key is None:
         return OPERATIONS
-    for segments in rows:
-        plain = [x.keys if isinstance(x.keys, mx.array) else x.keys[1] for x in segments]
-        kv_heads = plain[0].shape[1]
-        if not metal.takes(queries, kv_heads, *(x.dtype for x in plain)):
-            return OPERATIONS
-        formats = tuple((x.form.bits, x.form.group_size) for x in segments)
-        for held, found, x in zip(plain, formats, segments, strict=True):
-            both = {found, (x.form.value_bits, x.form.group_size)}
-            if held.size < 8 or (found[0] and not both <= set(metal.FORMATS)):
-                return OPERATIONS
     if choice == "metal":
         return "kernel"
-    keys = DECODE.bucket(max(sum(x.stop - x.start for x in segments) for segments in rows))
-    shape = dim, kv_heads, heads // kv_heads, length
-    key = Key("decode", queries.dtype, *shape, formats, keys, room(len(rows), formats))
+    key = key._replace(keys=DECODE.bucket(key.keys))
     return chosen(key, arms_of(key), DECODE, untimed(key), choice == "retune")
+
+
+@functools.lru_cache(256)
+def _key(shape: tuple[int, ...], dtype: mx.Dtype, kv_heads: int, rows: Signature) -> Key | None:
+    """What the arm is chosen for; None where the kernel does not take it."""
+    _, heads, length, dim = shape
+    if length > POSITIONS or not metal.takes(dtype, heads, kv_heads, dim):
+        return None
+    longest = 0
+    if max(map(len, rows)) > SEGMENTS:
+        return None
+    for own in rows:
+        longest = max(longest, sum(stop - start for _, start, stop, *_ in own))
+        for form, _, _, capacity, found in own:
+            if found != dtype or capacity < TILE or not metal.reads(form):
+                return None
+    forms = tuple(form for form, *_ in rows[0])
+    of_heads = dim, kv_heads, heads // kv_heads, length
+    return Key("decode", dtype, *of_heads, forms, longest, room(len(rows), forms))
 
 
 def arms_of(key: Key) -> dict[str, Arm]:
@@ -142,9 +169,5 @@ def arms_of(key: Key) -> dict[str, Arm]:
 
 def untimed(key: Key) -> str:
     """What is taken where nothing can be timed."""
-    quantised = any(bits for bits, _ in key.formats)
+    quantised = any(form.bits for form in key.forms)
     return "kernel" if quantised or key.head_dim not in metal.VECTOR_DIMS else OPERATIONS
-
-
-def _heads(keys: Held) -> int:
-    return (keys if isinstance(keys, mx.array) else keys[0]).shape[1]

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..cache.storage import Form
 from ..errors import KSAError
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-
-# Bits and group sizes of quantised caches.
-FORMATS = [(bits, group) for bits in (4, 8) for group in (32, 64)]
 
 # Head dims for which MLX's attention of few rows has a kernel of its own.
 VECTOR_DIMS = (64, 96, 128, 256)
@@ -110,8 +108,11 @@ def wanted() -> str | None:
     return choice
 
 
-def takes(queries: mx.array, kv_heads: int, *dtypes: mx.Dtype) -> bool:
-    """Whether the kernels take queries (B, heads, L, head_dim) on keys of these dtypes."""
-    heads, dim = queries.shape[1], queries.shape[3]
-    same = all(dtype == queries.dtype for dtype in dtypes) and queries.dtype in DTYPES
-    return same and dim in HEAD_DIMS and heads <= 16 * kv_heads
+def takes(dtype: mx.Dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
+    """Whether the kernels take queries of such a shape."""
+    return dtype in DTYPES and head_dim in HEAD_DIMS and heads <= 16 * kv_heads
+
+
+def reads(form: Form) -> bool:
+    """Whether the decode kernel reads keys and values of this form."""
+    return not form.bits or ({form.bits, form.value_bits} <= {4, 8} and form.group_size in (32, 64))

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..cache.place import Moves, Place
 from ..naive import summary_positions
 from . import metal
 
@@ -132,10 +133,28 @@ class Call:
         for step in self.steps:
             self.chunks += step.last - step.first
         self.rows = self.chunks * args.summary_token_num
+        self._places: list[Place] = []
+        self._moves: list[Moves | None] = []
+        self._together = False
         self.summary_positions = None
         if self.rows:
             parts = [summary_positions(args, s.first, s.last) for s in self.steps]
             self.summary_positions = mx.array(np.concatenate(parts).astype(np.int32))
+
+    def moves(self, places: list[Place]) -> tuple[list[Moves | None], bool]:
+        """What the steps do to the caches of a layer; the same in all layers of one window.
+
+        Returns it for each, and whether all columns are tokens that see the same summaries.
+        """
+        if places != self._places:
+            self._places, self._moves, self._together = places, [], True
+            for place, step in zip(places, self.steps, strict=True):
+                n = step.length
+                moves = place.advance(n, step.first, step.last) if n else None
+                self._moves.append(moves)
+                if n < self.columns or moves is None or len(moves.pieces) > 1:
+                    self._together = False
+        return self._moves, self._together
 
     def by_row(self, x: mx.array) -> mx.array:
         """Text heads of those rows, (1, heads, rows, head_dim), as (B, heads, columns, ...)."""

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..cache.rolling import Pair, RollingSummaryCache
+from ..cache.storage import PLAIN
 from . import metal
 from .choice import OPERATIONS, Key, chosen
 from .decode import attend
@@ -150,9 +151,10 @@ ARMS = {OPERATIONS: _operations, "kernel": _kernel}
 def arm(choice: str, queries: mx.array, keys: mx.array) -> str:
     """The name of the arm that computes this; choice: what `metal.wanted` says."""
     heads, kv_heads, dim = queries.shape[1], keys.shape[1], queries.shape[3]
-    if not metal.takes(queries, kv_heads, keys.dtype):
+    same = keys.dtype == queries.dtype
+    if not same or not metal.takes(queries.dtype, heads, kv_heads, dim):
         return OPERATIONS
     if choice == "metal":
         return "kernel"
-    key = Key("prefill", queries.dtype, dim, kv_heads, heads // kv_heads, ROWS, ((0, 0),), KEYS)
+    key = Key("prefill", queries.dtype, dim, kv_heads, heads // kv_heads, ROWS, (PLAIN,), KEYS)
     return chosen(key, ARMS, PREFILL, OPERATIONS, choice == "retune")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..cache.storage import PLAIN, Affine, Form, Segment
+from ..cache.storage import Segment
 from ..naive import visibility
 from .choice import Inputs, Key, Trial
 from .plan import Step
@@ -48,11 +48,10 @@ def _decode(key: Key, keys: int, fill: int) -> Inputs:
     (queries,) = random(key.dtype, shape)
     caches: list[list[Segment]] = [[] for _ in range(layers * n)]
     seen: list[list] = [[] for _ in range(n)]
-    for i, (part, (bits, size)) in enumerate(zip(_parts(key, keys), key.formats, strict=True)):
+    for i, (part, form) in enumerate(zip(_parts(key, keys), key.forms, strict=True)):
         slots = len(caches) * (part + gap) + gap
         block = min(BLOCK, slots) if fill else slots
         held = (1, key.kv_heads, block, key.head_dim)
-        form: Form = Affine(bits, size) if bits else PLAIN
         planes = form.encode(*random(key.dtype, held, held, seed=i + 1))
         if block < slots:
             planes = [mx.tile(x, (1, 1, -(-slots // block), 1)) for x in planes]
@@ -80,18 +79,18 @@ def _decode(key: Key, keys: int, fill: int) -> Inputs:
 def _parts(key: Key, keys: int) -> list[int]:
     """Keys of each segment: summaries, then text."""
     text = min(TEXT, keys // 2)
-    return [keys] if len(key.formats) == 1 else [keys - text, text]
+    return [keys] if len(key.forms) == 1 else [keys - text, text]
 
 
 def nbytes(key: Key) -> float:
     """Bytes of the keys and values of one layer, of all sequences."""
-    row = [
-        key.head_dim * (bits / 8 + 2 * key.dtype.size / size if bits else key.dtype.size)
-        for bits, size in key.formats
+    row = 1, key.kv_heads, 1, key.head_dim
+    one = [
+        sum(x.nbytes for x in form.encode(mx.zeros(row, key.dtype), mx.zeros(row, key.dtype)))
+        for form in key.forms
     ]
     parts = _parts(key, key.keys)
-    one = sum(2 * key.kv_heads * n * r for n, r in zip(parts, row, strict=True))
-    return one * key.sequences
+    return sum(n * size for n, size in zip(parts, one, strict=True)) * key.sequences
 
 
 DECODE = Trial(_decode, checked=(61, 1000, 3000), timed=(1024, 4096, 16384))

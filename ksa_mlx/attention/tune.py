@@ -36,9 +36,9 @@ def prepare(model: Any):
 
 def _choose(kernels: str, dtype: mx.Dtype, heads: int, kv_heads: int, dim: int):
     """Decode of one row, and prefill. Nothing is computed with the arrays that stand for them."""
-    keys = mx.zeros((1, kv_heads, 8, dim), dtype)
+    keys = mx.zeros((1, kv_heads, 16, dim), dtype)
     queries = mx.zeros((1, heads, 1, dim), dtype)
-    decode.arm(kernels, queries, [[Segment(keys, keys, 0, 8, PLAIN)]])
+    decode.arm(kernels, queries, [[Segment(keys, keys, 0, 16, PLAIN)]])
     prefill.arm(kernels, queries, keys)
 
 
@@ -56,7 +56,7 @@ def check_attention(
     Returns the largest difference by number of keys, a share of the largest value, or why there is
     none. Warns where it is more than is allowed: full layers, and models of mlx-lm, rely on it.
     """
-    key = Key("attention", dtype, dim, kv_heads, heads // kv_heads, 1, ((0, 0),), 0)
+    key = Key("attention", dtype, dim, kv_heads, heads // kv_heads, 1, (PLAIN,), 0)
     case, kept = str(key), record.here()
     found = kept.find("attention", case)
     if found is None or set(found) != {str(n) for n in LENGTHS} or retune:

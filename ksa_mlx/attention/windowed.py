@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..cache.place import Moves
 from ..cache.rolling import Pair, RollingSummaryCache
 from ..cache.storage import join
 from .decode import decode, decode_rows
@@ -46,36 +47,33 @@ def windowed_attention(
         out, texts = _rows(queries, keys, values, summaries, cache, call)
     else:
         text = queries, keys, values
-        out, texts = _step(text, summaries, cache, call.steps[0], call.kernels)
+        (moves,), _ = call.moves([cache.place])
+        out, texts = _step(text, summaries, cache, call.steps[0], moves, call.kernels)
     return out, tuple(join(texts)) if texts else None
 
 
 def _rows(queries, keys, values, summaries, cache, call) -> Attended:
     """Sequences of different lengths: none shares a buffer with another."""
     outputs, segments, texts, done = [], [], [], 0
-    together = all(
-        step.length == call.columns and row.place.is_one_piece(step.length)
-        for step, row in zip(call.steps, cache.rows, strict=True)
-    )
-    rows = zip(*(mx.split(x, len(call.steps)) for x in (keys, values)), strict=True)
-    for b, (pair, row, step) in enumerate(zip(rows, cache.rows, call.steps, strict=True)):
-        n, own = step.length, None
-        if n < call.columns:
-            pair = tuple(x[:, :, :n] for x in pair)
+    moves, together = call.moves([row.place for row in cache.rows])
+    keys, values = mx.split(keys, len(moves)), mx.split(values, len(moves))
+    for b, (row, step, moved) in enumerate(zip(cache.rows, call.steps, moves, strict=True)):
+        pair, n, own = (keys[b], values[b]), step.length, None
         if step.chunks:
             count = step.chunks * step.args.summary_token_num
             own = tuple(x[:, :, done : done + count] for x in summaries)
             done += count
         if together:
-            moves = row.place.advance(n, step.first, step.last)
-            texts += row.begin(moves, pair, own)
-            segments.append(row.seen(*moves.pieces[0][2:]))
-            if moves.behind:
-                texts.append(row.copy_of(moves.behind))
+            texts += row.begin(moved, pair, own)
+            segments.append(row.seen(*moved.pieces[0][2:]))
+            if moved.behind:
+                texts.append(row.copy_of(moved.behind))
             continue
         out = queries[b : b + 1, :, :n]
+        if n < call.columns:
+            pair = tuple(x[:, :, :n] for x in pair)
         if n:
-            out, some = _step((out, *pair), own, row, step, call.kernels)
+            out, some = _step((out, *pair), own, row, step, moved, call.kernels)
             texts += some
         if n < call.columns:
             out = mx.pad(out, [(0, 0), (0, 0), (0, call.columns - n), (0, 0)])
@@ -87,11 +85,15 @@ def _rows(queries, keys, values, summaries, cache, call) -> Attended:
 
 
 def _step(
-    text: Any, summaries: Pair | None, cache: RollingSummaryCache, step: Step, kernels: str | None
+    text: Any,
+    summaries: Pair | None,
+    cache: RollingSummaryCache,
+    step: Step,
+    moves: Moves | None,
+    kernels: str | None,
 ) -> Attended:
     """One sequence, or several of one length in one cache."""
     queries, *pair = text
-    moves = cache.place.advance(step.length, step.first, step.last)
     if moves is None:
         return _many(queries, pair, summaries, cache, step, kernels)
     texts, outputs = cache.begin(moves, pair, summaries), []

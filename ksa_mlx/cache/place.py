@@ -179,11 +179,6 @@ class Place(NamedTuple):
             return Ahead(text, None)
         return Ahead(text, self.read(self.rolled * k, gone * k).text)
 
-    def is_one_piece(self, length: int) -> bool:
-        """Whether a call of so many tokens sees the same summaries throughout."""
-        within = self.offset % self.chunk + length <= self.chunk
-        return within or self.offset + length <= (self.window + 1) * self.chunk
-
     @lru_cache(256)  # noqa: B019 a tuple of numbers, shared by all layers of one window
     def advance(self, length: int, first: int, last: int) -> Moves | None:
         """What reading `length` tokens does, and summarising the chunks first .. last - 1 then.

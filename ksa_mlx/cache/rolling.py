@@ -84,7 +84,7 @@ class RollingSummaryCache(_BaseCache):
                 left = [x[:, :, moves.before] for x in self._ahead[1]]
                 parts.append(storage.form.decode(left))
         new = self._roll(moves.after) if moves.rolls else []
-        self._put(moves.slot, storage.form.encode(*text))
+        storage.text.put(storage.left + moves.slot, storage.form.encode(*text))
         self.place, self._ahead = moves.after, None
         if moves.ahead:
             self._ahead = self._taken(moves.ahead)
@@ -290,7 +290,7 @@ class RollingSummaryCache(_BaseCache):
         self.text_bits, self.value_bits = text_bits or None, value_bits or None
         rest = numbers.tolist()[4 + len(place) :]
         if len(rest) == 5:  # counts of two buffers, and one form
-            self.storage = Joined()
+            self.storage = Joined(Affine(*rest[2:]) if rest[2] else PLAIN)
         else:
             _, _, _, *forms = rest
             self.storage = Apart(Affine(*forms[:3]), Affine(*forms[3:]))
@@ -298,6 +298,8 @@ class RollingSummaryCache(_BaseCache):
         self.undo = Buffer(self.storage.form)
         for buffer, count in zip([self.undo, *self.storage.buffers], rest, strict=False):
             buffer.planes, planes = list(planes[:count]), planes[count:]
+        if isinstance(self.storage, Joined):
+            self.storage.right = self.storage.text.slots - left
 
     @classmethod
     def merge(cls, caches: list["RollingSummaryCache"]) -> BatchRollingSummaryCache:

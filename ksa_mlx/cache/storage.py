@@ -5,8 +5,9 @@ format six (packed, scales, biases of the keys, then of the values); in all of t
 tokens.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -17,10 +18,27 @@ Planes = list[mx.array]
 Held: TypeAlias = Any  # keys or values: an array, or (packed, scales, biases)
 
 
-class Plain:
-    """Keys and values as they come."""
+class _Form:
+    """bits of keys and value_bits of values (0: plain), and the group size.
+
+    There is one object of each: forms are compared at every step, and copied with caches.
+    """
 
     bits = value_bits = group_size = 0
+    _made: ClassVar[dict[tuple, Any]] = {}
+
+    def __new__(cls, *numbers: int | None):
+        return cls._made.setdefault((cls, *numbers), super().__new__(cls))
+
+    def __deepcopy__(self, _: dict) -> Self:
+        return self
+
+
+class Plain(_Form):
+    """Keys and values as they come."""
+
+    def __str__(self) -> str:
+        return "plain"
 
     def encode(self, keys: mx.array, values: mx.array) -> Planes:
         return [keys, values]
@@ -40,14 +58,20 @@ class Plain:
         return weights @ values[:, :, None]
 
 
-class Affine:
+class Affine(_Form):
     """Keys and values in mlx's affine format, the values in `value_bits` if not in `bits` too.
 
     Raises ValueError for a head_dim that is no multiple of the group size.
     """
 
-    def __init__(self, bits: int, group_size: int, value_bits: int | None = None):
+    def __new__(cls, bits: int, group_size: int, value_bits: int | None = None):
+        self = super().__new__(cls, bits, group_size, value_bits or bits)
         self.bits, self.group_size, self.value_bits = bits, group_size, value_bits or bits
+        return self
+
+    def __str__(self) -> str:
+        values = f" and {self.value_bits}" if self.value_bits != self.bits else ""
+        return f"{self.bits}{values} bit/{self.group_size}"
 
     def encode(self, keys: mx.array, values: mx.array) -> Planes:
         if keys.shape[-1] % self.group_size:
@@ -181,18 +205,31 @@ def _room(summaries: int) -> int:
     return -(-summaries // step) * step
 
 
+# MLX changes an array in place only if its buffer is at most a page larger, and its pool hands out
+# buffers that are up to a page larger than asked for. A plane of few pages costs little to copy;
+# for one of few bytes a slot, capacity grows by no more than MOST slots.
+PAGE, SMALL, MOST = 16384, 65536, 512
+
+
+def whole_pages(slots: int, like: Planes) -> int:
+    """Capacity for so many slots in which each large plane fills whole pages; like: one token."""
+    step = 1
+    for x in like:
+        if slots * x.nbytes >= SMALL:
+            step = max(step, min(PAGE // math.gcd(PAGE, x.nbytes), MOST))
+    return -(-slots // step) * step
+
+
 class Joined:
-    """Plain keys and values in one buffer, so that attention reads one contiguous range::
+    """Keys and values in one buffer, so that attention reads one contiguous range::
 
     free ... | S2 S1 S0 | text
              ^ summaries grow to the left, text to the right
     """
 
-    bits = 0
-
-    def __init__(self):
-        self.form = PLAIN
-        self.text = Buffer(PLAIN)
+    def __init__(self, form: Form = PLAIN):
+        self.form, self.bits = form, form.bits
+        self.text = Buffer(form)
         self.left = self.right = 0  # slots left of the text, and for it
 
     @property
@@ -203,35 +240,54 @@ class Joined:
         """Make room for so many summaries and text slots; keys and values give shape and dtype."""
         if summaries <= self.left and slots <= self.right:
             return
-        right = slots - self.right
-        left = _room(summaries) - self.left if summaries > self.left else 0
-        self.text.grow([keys[:, :, :1], values[:, :, :1]], max(right, 0), left)
-        self.left, self.right = self.left + left, max(slots, self.right)
+        like = self.form.encode(keys[:, :, :1], values[:, :, :1])
+        left, right = self.left, max(slots, self.right)
+        if summaries > left:
+            left = whole_pages(_room(summaries) + right, like) - right
+        else:
+            right = whole_pages(left + right, like) - left
+        self.text.grow(like, right - self.right, left - self.left)
+        self.left, self.right = left, right
 
     def put_summaries(self, done: int, keys: mx.array, values: mx.array):
         """Write summaries done, done + 1, ... (B, KV heads, n, head_dim)."""
         start = self.left - done - keys.shape[2]
-        self.text.put(start, [keys[:, :, ::-1], values[:, :, ::-1]])
+        self.text.put(start, self.form.encode(keys[:, :, ::-1], values[:, :, ::-1]))
 
     def take(self, slots: np.ndarray) -> Planes:
+        """A copy of the text in these slots, as it is held."""
         return self.text.take(slots + self.left)
 
     def segments(self, summaries: int, text: int) -> list[Segment]:
         """The first so many summaries and text slots; the last tokens of the text come last."""
-        keys, values = self.text.planes
-        return [Segment(keys, values, self.left - summaries, self.left + text, PLAIN)]
+        return [self.text.segment(self.left - summaries, self.left + text)]
 
     def summaries(self, n: int) -> tuple[mx.array, mx.array]:
         """Keys and values of the first n summaries, newest first."""
         part = slice(self.left - n, self.left)
-        return tuple(x[:, :, part] for x in self.text.planes)
+        return self.form.decode([x[:, :, part] for x in self.text.planes])
 
     def newest_first(self, n: int) -> tuple[mx.array, mx.array, int]:
-        """The whole buffers where the summaries lie, and the slot behind them."""
-        return *self.text.planes, self.left
+        """Buffers where the first n summaries lie, and the slot behind them: whole ones if they
+        are plain."""
+        if self.bits:
+            return *self.summaries(n), n
+        return *self.form.decode(self.text.planes), self.left
 
-    def quantized(self, n: int, text: Affine, summaries: Affine) -> "Apart":
+    def quantized(self, n: int, text: Affine, summaries: Affine) -> "Joined | Apart":
         """The same text and n summaries in mlx's affine format."""
+        to: Joined | Apart
+        if text == summaries:
+            to = Joined(text)
+            to.left, to.right = self.left, self.right
+            if self.text.planes:
+                to.text.planes = text.encode(*self.text.planes)
+                like = [x[:, :, :1] for x in to.text.planes]
+                more = whole_pages(self.text.slots, like) - self.text.slots
+                if more:
+                    to.text.grow(like, 0, more)
+                    to.left += more
+            return to
         to = Apart(text, summaries)
         if self.text.planes:
             to.text.planes = text.encode(*(x[:, :, self.left :] for x in self.text.planes))
@@ -242,7 +298,7 @@ class Joined:
 
 
 class Apart:
-    """Text in one affine format and summaries in another, or the same, in buffers of their own.
+    """Text in one affine format and summaries in another, in buffers of their own.
 
     At long contexts nearly all slots are summaries, yet it is the rounding of the few text keys
     that costs quality (docs/performance.md): bits of its own for the text cost little.
@@ -259,11 +315,10 @@ class Apart:
         return [self.text, self.own]
 
     def reserve(self, summaries: int, slots: int, keys: mx.array, values: mx.array):
-        one = keys[:, :, :1], values[:, :, :1]
-        if slots > self.text.slots:
-            self.text.grow(self.text.form.encode(*one), slots - self.text.slots)
-        if summaries > self.own.slots:
-            self.own.grow(self.own.form.encode(*one), _room(summaries) - self.own.slots)
+        for buffer, wanted in ((self.text, slots), (self.own, _room(summaries))):
+            if wanted > buffer.slots:
+                like = buffer.form.encode(keys[:, :, :1], values[:, :, :1])
+                buffer.grow(like, whole_pages(wanted, like) - buffer.slots)
 
     def put_summaries(self, done: int, keys: mx.array, values: mx.array):
         self.own.put(done, self.own.form.encode(keys, values))

@@ -7,14 +7,14 @@ import mlx.core as mx
 
 from ..attention import choice, decode, metal, prefill, record, trial, tune
 from ..attention.choice import OPERATIONS, Arm, Key, Trial
+from ..cache.storage import PLAIN, Affine, Form
 from .stage import Cases, Found, Options, Stage
 
-PLAIN = (0, 0)
-FORMS = {
+FORMS: dict[str, tuple[Form, ...]] = {
     "plain": (PLAIN,),
-    "8 bit": ((8, 64),),
-    "4 bit": ((4, 64), (4, 64)),
-    "4 bit, text 8": ((4, 64), (8, 64)),
+    "8 bit": (Affine(8, 64),),
+    "4 bit": (Affine(4, 64),),
+    "4 bit, text 8": (Affine(4, 64), Affine(8, 64)),
 }
 # The released model's: 8 KV heads of 4 query heads, head_dim 128.
 KV_HEADS, GROUP, DIM = 8, 4, 128
@@ -146,7 +146,7 @@ def decode_cases(options: Options) -> Cases:
 
 
 def decode_name(key: Key) -> str:
-    form = next(name for name, forms in FORMS.items() if forms == key.formats)
+    form = next(name for name, forms in FORMS.items() if forms == key.forms)
     name = f"{short(key.dtype)}, {form}, rows {key.rows}, {key.keys} keys"
     name += f", head_dim {key.head_dim}" * (key.head_dim != DIM)
     return name + f", {key.sequences} sequences" * (key.sequences > 1)
