@@ -84,7 +84,7 @@ inline void visit(
   const int k = static_cast<int>(lane) / L;
   const int position = (first + row_of<C>(lane)) % length;
   const int sees_from = ranges[2 * position];
-  const int sees_to = min(high, ranges[2 * position + 1]);
+  const int sees_to = ranges[2 * position + 1];
 
   Queries<D, C> queries;
   begin<D, C>(kv, queries, rows, from, first, count, j);

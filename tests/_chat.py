@@ -6,7 +6,9 @@ from pathlib import Path
 
 from mlx_lm import generate as mlx_generate
 
+from ksa_mlx.chat import notebook
 from ksa_mlx.chat.session import Session
+from ksa_mlx.chat.turns import show_references
 from ksa_mlx.generate import main
 
 ROOT = Path(__file__).parent.parent
@@ -42,3 +44,16 @@ def refused(capsys, argv, *words):
 def program(*argv, **kwargs):
     command = [sys.executable, str(ROOT / "generate.py"), *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def ask_once(loaded):
+    """A session of a loaded model that has answered one question about the sample notebook, the
+    answer, and its trace."""
+    traces = []
+    text = "\n".join(notebook.notes().splitlines()[:60])
+    session = Session(*loaded, "notebook", system_prompt=text)
+    session.on_references = traces.append
+    session.read_ahead()
+    answer = "".join(session.answer(notebook.QUESTIONS[0][0])).strip()
+    show_references(session)
+    return session, answer, traces[0]

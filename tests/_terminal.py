@@ -27,8 +27,10 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under a script's background job
-            # With Python's environment: readline writes COLUMNS and LINES into C's.
-            given = {**os.environ, "TERM": "xterm-256color", **(env or {})}
+            # With Python's environment, as readline writes COLUMNS and LINES into C's; and without
+            # those, which pytest's workers may have: the size is the terminal's.
+            given = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+            given |= {"TERM": "xterm-256color", **(env or {})}
             os.execve(sys.executable, [sys.executable, str(ROOT / "generate.py"), *argv], given)
         termios.tcsetwinsize(self.fd, (lines, columns))
         self.screen = pyte.HistoryScreen(columns, lines, history=10_000)

@@ -7,10 +7,9 @@ import pytest
 import ksa_mlx
 from ksa_mlx.chat import notebook
 from ksa_mlx.chat.session import Session
-from ksa_mlx.chat.turns import show_references
 from ksa_mlx.convert import convert
 
-from ._chat import SYSTEM
+from ._chat import SYSTEM, ask_once
 
 
 def pytest_sessionstart():
@@ -66,11 +65,4 @@ def no_network(monkeypatch):
 @pytest.fixture(scope="session")
 def asked(loaded):
     """A session that has answered one question about the sample notebook, and its trace."""
-    traces = []
-    text = "\n".join(notebook.notes().splitlines()[:60])
-    session = Session(*loaded, "notebook", system_prompt=text)
-    session.on_references = traces.append
-    session.read_ahead()
-    answer = "".join(session.answer(notebook.QUESTIONS[0][0])).strip()
-    show_references(session)
-    return session, answer, traces[0]
+    return ask_once(loaded)

@@ -110,18 +110,20 @@ def test_few_tokens_and_trims(shape, summaries):
 
 
 @pytest.mark.parametrize(
-    ("bits", "value_bits", "rows", "name"),
+    ("bits", "text_bits", "value_bits", "rows", "name"),
     [
-        (None, None, 5, "kernel"),
-        (8, 4, 1, "kernel"),
-        (8, 4, 5, OPERATIONS),
-        (8, 6, 1, OPERATIONS),
+        (None, None, None, 5, "kernel"),
+        (8, None, 4, 1, "kernel"),
+        (8, None, 4, 5, "kernel"),
+        (4, 8, 4, 1, "kernel"),
+        (4, 8, 4, 5, OPERATIONS),
+        (8, None, 6, 1, OPERATIONS),
     ],
 )
-def test_what_the_kernel_takes(bits, value_bits, rows, name):
+def test_what_the_kernel_takes(bits, text_bits, value_bits, rows, name):
     """Across an edge two ranges of one buffer, or with summaries in another three, which it does
     not; and of bits those that it reads, of keys and of values."""
-    cache = RollingSummaryCache(8, 1, 4, rollback=16, value_bits=value_bits)
+    cache = RollingSummaryCache(8, 1, 4, rollback=16, text_bits=text_bits, value_bits=value_bits)
     pair = [mx.zeros((1, 1, 60, 32))] * 2
     cache.extend(*pair, 0, 3, tuple(x[:, :, :3] for x in pair))
     if bits:

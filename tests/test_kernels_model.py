@@ -66,7 +66,7 @@ def test_quantised_caches(bits, text_bits, log):
 
     One layer: in a second one the last bit decides which way the format rounds.
     """
-    shape = {"num_hidden_layers": 1, "head_dim": 64, "summary_sliding_chunk_num": 2}
+    shape = {"num_hidden_layers": 1, "head_dim": 64, "summary_sliding_chunk_num": 4}
     model, text = build(**shape), tokens(90, 2)
 
     def caches():

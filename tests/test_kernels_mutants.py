@@ -42,7 +42,6 @@ MUTANTS = {
     "a barrier of the simdgroup": ("decode.metal", "threadgroup_barrier", 0, "simdgroup_barrier", SHARED),
     "one slot too many": ("decode.h", "slot < sees_to", 0, "slot <= sees_to", SHARED),
     "one slot too few": ("decode.h", "slot < sees_to", 0, "slot < sees_to - 1", SHARED),
-    "slots of the next part": ("decode.h", "min(high, ranges", 0, "max(0, ranges", SPLIT),
     "another position's range": ("decode.h", "(first + row_of<C>(lane)) % length", 0, "0", SHARED),
     "what is before the range": ("decode.h", "slot >= fresh && ", 0, "", SHARED),
     "a row that sees nothing": ("decode.h", "? 0.0f : 1.0f;", 0, "? 1.0f : 1.0f;", {**SHARED, "keys": 1}),

@@ -148,7 +148,7 @@ def test_cache_of_mlx_lm_cache_prompt(capsys, loaded, folder, tmp_path):
     refused(capsys, ["--model", other, *argv, "-p", "x"], "cache of another model")
     refused(capsys, argv, "answers one question: give --prompt")
     draft = ["--draft-model", str(folder)]
-    refused(capsys, [*argv, *draft, "-p", "x"], "a draft model would have to read", "/save")
+    refused(capsys, [*argv, *draft, "-p", "x"], "does not say which text it holds", "/save")
     with pytest.raises(SessionError, match="answers one question"):
         Session(model, tokenizer, str(folder)).load(file)
 

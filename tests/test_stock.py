@@ -289,7 +289,7 @@ def test_drafts_within_the_rollback(monkeypatch):
     )
     generator = ResponseGenerator.__new__(ResponseGenerator)
     model = type("", (), {"rollback": 8})()
-    generator.model_provider = type("", (), {"model": model})()
+    generator.model_provider = type("", (), {"model": model, "draft_model": None})()
     generator._serve_single(("queue", "request", asked), "stream", new="argument")
     assert asked.num_draft_tokens == 8
     assert seen == [(("queue", "request", asked), ("stream",), {"new": "argument"})]

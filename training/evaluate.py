@@ -99,7 +99,7 @@ def hidden_summaries():
         ]
 
     Step.blocks = text_only
-    Place.seen = property(lambda place: (0, seen.fget(place)[1]))
+    Place.seen = lambda place, end: (0, seen(place, end)[1])
     Place.advance.cache_clear()
     try:
         yield

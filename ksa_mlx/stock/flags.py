@@ -26,9 +26,9 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kv_group_size": _one_of(32, 64, 128),
     "quantized_kv_start": (lambda n: n >= 0, "at least 0"),
     "prompt_lookup": (lambda n: 1 <= n <= ENOUGH, f"1 to {ENOUGH}"),
-    "prompt_cache_disk_size": (lambda n: n > 0, "more than 0"),
     "memory_limit": (lambda n: n > 0, "more than 0"),
 }
+SERVERS = {**LIMITS, "prompt_cache_disk_size": (lambda n: n > 0, "more than 0")}
 
 # Why a text does not draft beside a draft model.
 BOTH = "both propose tokens"
@@ -105,7 +105,7 @@ def flag(name: str) -> str:
 
 def check(args: argparse.Namespace):
     """Raise KSAError for values, and pairs of flags, that make no sense."""
-    for name, (sensible, expected) in LIMITS.items():
+    for name, (sensible, expected) in SERVERS.items():
         value = getattr(args, name)
         if value is not None and not sensible(value):
             raise KSAError(f"{flag(name)}: found {value}, expected {expected}")
