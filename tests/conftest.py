@@ -1,6 +1,8 @@
+import os
 import random
 import signal
 from collections import defaultdict
+from unittest import mock
 
 import pytest
 
@@ -30,6 +32,13 @@ def pytest_collection_modifyitems(items):
         for i, item in enumerate(cases):
             if i not in kept:
                 item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Commands that a test runs in its own process may set variables for the models they load."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
