@@ -16,7 +16,7 @@ from .attention.full import full_attention, full_rows, full_text
 from .attention.plan import Call
 from .attention.summaries import summary_attention
 from .attention.windowed import windowed_attention
-from .cache.batch import BatchRollingSummaryCache
+from .cache.batch import BatchRollingSummaryCache, Rows
 from .cache.make import make_cache
 from .cache.rollback import wanted_rollback
 from .cache.rolling import RollingSummaryCache
@@ -223,7 +223,12 @@ class KSAModel(Pipeline, nn.Module):
                 raise ValueError(
                     f"cache of layer {i}: found {type(c).__name__}, expected {expected}; {advice}"
                 )
-        offsets = {c.offset for c in cache if type(getattr(c, "offset", None)) is int}
+        # Those of a batch are arrays, which are not made only to be passed over.
+        offsets = {
+            c.offset
+            for c in cache
+            if not isinstance(c, Rows) and type(getattr(c, "offset", None)) is int
+        }
         if len(offsets) > 1:
             raise ValueError(
                 f"caches: found layers of {sorted(offsets)} tokens, expected the same in all; "

@@ -9,7 +9,7 @@ from ksa_mlx.attention.kernel import Variant
 
 from . import metal_cpu
 from .test_decode_kernel import decode_case
-from .test_prefill_kernel import prefill_case
+from .test_prefill_kernel import PREFILL_CHECKED, prefill_case
 
 pytestmark = pytest.mark.skipif(not metal_cpu.available(), reason=str(metal_cpu.unavailable()))
 
@@ -21,17 +21,7 @@ LONG = {**SHARED, "keys": 300, "rows": 1}
 SPLIT = {**SHARED, "rows": 1, "variant": Variant(0, 2)}
 LARGE = {**SHARED, "values": "large"}
 ONE = {**SHARED, "own": False}
-PREFILL = {
-    "dtype": "float32",
-    "dim": 32,
-    "group": 2,
-    "B": 2,
-    "length": 33,
-    "offset": 17,
-    "chunk": 8,
-    "s": 1,
-    "window": 1,
-}
+PREFILL = PREFILL_CHECKED[0]
 QUANTISED = {**SHARED, "rows": 1, "keys": 30, "formats": [(4, 4), (8, 8)]}
 AFTER_PLAIN = {**QUANTISED, "formats": [(16, 16), (4, 4)]}
 

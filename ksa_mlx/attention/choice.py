@@ -183,6 +183,12 @@ def _is_right(key: Key, name: str, arm: Arm, trial: Trial, retune: bool) -> bool
     return False
 
 
+def this_machine() -> str:
+    """What a report of a fault must say of the machine."""
+    device = mx.device_info().get("device_name", "unknown")
+    return f"device {device}, macOS {platform.mac_ver()[0] or 'none'}, MLX {mx.__version__}"
+
+
 def _warn(key: Key, name: str, off: float | str):
     """Say once in a process that an arm is not used."""
     global _warned
@@ -191,7 +197,7 @@ def _warn(key: Key, name: str, off: float | str):
     _warned = True
     if not isinstance(off, str):
         off = f"differs by {off:.2g} of the largest value from plain operations in float32"
-    info, case = mx.device_info(), str(key._replace(keys=0)).replace(", keys 0", "")
+    case = str(key._replace(keys=0)).replace(", keys 0", "")
     what, instead = f"the Metal kernel {key.kernel}", "MLX's operations are used instead"
     if name == OPERATIONS:
         what, instead = "MLX's own attention", "a kernel is used instead where one is right"
@@ -199,8 +205,7 @@ def _warn(key: Key, name: str, off: float | str):
         what += f" ({name})"
     warnings.warn(
         f"ksa-mlx: {what} {off} ({case}). {instead[0].upper()}{instead[1:]}. Please report this "
-        f"with: device {info.get('device_name', 'unknown')}, macOS "
-        f"{platform.mac_ver()[0] or 'none'}, MLX {mx.__version__}",
+        f"with: {this_machine()}",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -82,9 +82,7 @@ def full_rows(
             one = queries[b : b + 1, :, :n]
             if n:
                 one = full_attention(one, k, v, row, "causal" if n > 1 else None, call)
-            if n < columns:
-                one = mx.pad(one, [(0, 0), (0, 0), (0, columns - n), (0, 0)])
-            outputs.append(one)
+            outputs.append(call.padded(one))
         out = mx.concatenate(outputs, axis=0)
     if not call.rows:
         return out, None

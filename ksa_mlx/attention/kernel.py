@@ -207,24 +207,21 @@ def _buffers(sequences: int, forms: tuple[Form, ...]) -> tuple[str, str, str]:
     """For so many sequences' buffers: inputs, the kernel's name, and what chooses among them."""
     buffers: list[list[str]] = [[] for _ in range(sequences)]
     chosen = ""
-    title = ["decode", str(sequences)]
+    title, which = ["decode", str(sequences)], "threadgroup_position_in_grid.z"
     for cache, prefix, form in zip(("cache", "more"), ("", "more_"), forms, strict=False):
         names, kind, of = ["keys", "values"], "ksa::Plain<D, T>", "plain"
         if form.bits:
             names = "keys key_scales key_biases values value_scales value_biases".split()
-            numbers = form.bits, form.value_bits, form.group_size
-            kind, of = (
-                f"ksa::Affine<D, T, {', '.join(map(str, numbers))}>",
-                "x".join(map(str, numbers)),
-            )
+            numbers = [str(n) for n in (form.bits, form.value_bits, form.group_size)]
+            kind, of = f"ksa::Affine<D, T, {', '.join(numbers)}>", "x".join(numbers)
         title.append(of)
         fields = []
         for name in names:
             each = [f"{prefix}{name}_{i}" for i in range(sequences)]
             for own, one in zip(buffers, each, strict=True):
                 own.append(one)
-            tests = "".join(f"WHICH == {i}u ? {one} : " for i, one in enumerate(each[:-1]))
-            fields.append(tests.replace("WHICH", "threadgroup_position_in_grid.z") + each[-1])
+            tests = (f"{which} == {i}u ? {one} : " for i, one in enumerate(each[:-1]))
+            fields.append("".join(tests) + each[-1])
         chosen += f"const {kind} {cache} = {{{', '.join(fields)}}};\n"
     if len(forms) == 1:
         chosen += f"const {kind} more = cache;\n"

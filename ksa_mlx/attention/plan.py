@@ -156,6 +156,11 @@ class Call:
                     self._together = False
         return self._moves, self._together
 
+    def padded(self, x: mx.array) -> mx.array:
+        """Rows of one sequence (1, heads, tokens, head_dim), with zeros for columns of padding."""
+        missing = self.columns - x.shape[2]
+        return mx.pad(x, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else x
+
     def by_row(self, x: mx.array) -> mx.array:
         """Text heads of those rows, (1, heads, rows, head_dim), as (B, heads, columns, ...)."""
         return x.reshape(x.shape[1], len(self.steps), self.columns, -1).swapaxes(0, 1)

@@ -4,7 +4,6 @@ Forms of caches that are not known yet (quantised, several rows a step) are trie
 use.
 """
 
-import platform
 import warnings
 from typing import Any
 
@@ -70,12 +69,10 @@ def check_attention(
     if off:
         (n, worst), *_ = off.items()
         by = worst if isinstance(worst, str) else f"is off by {worst:.2g} of the largest value"
-        device = mx.device_info().get("device_name", "unknown")
         warnings.warn(
             f"ksa-mlx: MLX's own attention {by} at {n} keys ({heads} query heads, {kv_heads} KV "
-            f"heads, head_dim {dim}, {choice.name_of(dtype)}; device {device}, macOS "
-            f"{platform.mac_ver()[0] or 'none'}, MLX {mx.__version__}): answers may be wrong, "
-            f"mlx-lm's too. See {ISSUE}, and try another version of MLX",
+            f"heads, head_dim {dim}, {choice.name_of(dtype)}; {choice.this_machine()}): answers "
+            f"may be wrong, mlx-lm's too. See {ISSUE}, and try another version of MLX",
             RuntimeWarning,
             stacklevel=2,
         )

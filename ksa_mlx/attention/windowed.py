@@ -66,8 +66,6 @@ def _rows(queries, keys, values, summaries, cache, call) -> Attended:
         if together:
             texts += row.begin(moved, pair, own)
             segments.append(row.seen(*moved.pieces[0][2:]))
-            if moved.behind:
-                texts.append(row.copy_of(moved.behind))
             continue
         out = queries[b : b + 1, :, :n]
         if n < call.columns:
@@ -75,9 +73,7 @@ def _rows(queries, keys, values, summaries, cache, call) -> Attended:
         if n:
             out, some = _step((out, *pair), own, row, step, moved, call.kernels)
             texts += some
-        if n < call.columns:
-            out = mx.pad(out, [(0, 0), (0, 0), (0, call.columns - n), (0, 0)])
-        outputs.append(out)
+        outputs.append(call.padded(out))
     cache.advance(call.columns)
     if together:
         return decode_rows(queries, segments, call.kernels), texts
@@ -101,8 +97,6 @@ def _step(
         part = queries if len(moves.pieces) == 1 else queries[:, :, start:stop]
         outputs.append(decode(part, cache.seen(count, ranges), kernels))
     out = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
-    if moves.behind:
-        texts.append(cache.copy_of(moves.behind))
     return out, texts
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KSAError
+from ..files import replaced
 
 
 def check_file(flag: str, path: str):
@@ -33,9 +34,8 @@ class Results:
     def add(self, table: str, row: dict[str, Any]):
         self.found.setdefault(table, []).append(row)
         if self.path:
-            part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            part.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
-            os.replace(part, self.path)
+            with replaced(self.path) as part:
+                part.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
 
     def last(self, table: str) -> dict[str, Any]:
         return self.found[table][-1]

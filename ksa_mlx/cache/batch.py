@@ -118,11 +118,6 @@ class BatchRollingSummaryCache(Rows):
         each = zip(self.rows, self.lengths(length), strict=True)
         return [(row.place.offset, n, row.place.summarised) for row, n in each]
 
-    @property
-    def offset(self) -> mx.array:
-        """Text tokens of each sequence, (B,)."""
-        return mx.array([row.place.offset for row in self.rows], dtype=mx.int32)
-
     def depend_on(self, h: mx.array):
         """Make whoever evaluates the cache evaluate h too."""
         for row in self.rows:

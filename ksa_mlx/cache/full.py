@@ -3,11 +3,10 @@
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from .batch import Rows
-from .storage import Affine
+from .storage import Affine, Buffer
 
 
 class SplitKVCache(QuantizedKVCache):
@@ -22,24 +21,17 @@ class SplitKVCache(QuantizedKVCache):
 
     def update_and_fetch(self, keys, values):
         """Append keys and values (B, KV heads, L, head_dim). Returns all, three planes each."""
-        form = Affine(self.bits, self.group_size, self.value_bits)
-        new, start = form.pair(form.encode(keys, values)), self.offset
+        buffer = Buffer(Affine(self.bits, self.group_size, self.value_bits))
+        new, start = buffer.form.encode(keys, values), self.offset
         self.offset += keys.shape[2]
-        if self.keys is None or self.offset > self.keys[0].shape[2]:
+        if self.keys is not None:
+            buffer.planes = [*self.keys, *self.values]
+        if self.offset > buffer.slots:
+            buffer.planes = [x[:, :, :start] for x in buffer.planes]
             more = -(-keys.shape[2] // self.step) * self.step
-
-            def grow(x, like):
-                room = mx.zeros((*like.shape[:2], more, like.shape[3]), like.dtype)
-                return room if x is None else mx.concatenate([x[:, :, :start], room], axis=2)
-
-            held = (self.keys, self.values) if self.keys else tree_map(lambda _: None, new)
-            self.keys, self.values = (
-                tuple(grow(x, like) for x, like in zip(*both, strict=True))
-                for both in zip(held, new, strict=True)
-            )
-        for held, some in zip((self.keys, self.values), new, strict=True):
-            for x, y in zip(held, some, strict=True):
-                x[:, :, start : self.offset] = y
+            buffer.grow([x[:, :, :1] for x in new], more)
+        buffer.put(start, new)
+        self.keys, self.values = buffer.form.pair(buffer.planes)
         return self.keys_and_values()
 
     @property

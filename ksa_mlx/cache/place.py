@@ -190,7 +190,7 @@ class Place(NamedTuple):
         whole = end <= (W + 1) * k  # in the window: its tokens see the same summaries, none
         if not whole and length > 2 * k:
             return None
-        full = max(0, self.offset // k - W - self.rolled)
+        full = self.full
         at = self._replace(summarised=max(self.summarised, last), offset=end)
         at.check_summarised((end - 1) // k - W)
         rolled = self.rolled + full

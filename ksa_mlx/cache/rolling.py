@@ -71,7 +71,7 @@ class RollingSummaryCache(_BaseCache):
         """Append the tokens of a call, and store its summaries.
 
         Args: moves: `place.advance` of the call. text, summaries: its keys and values. Returns
-        the text that the summaries need and that the call overwrites, in pieces.
+        the text that the summaries need, in pieces.
         """
         storage, place, parts = self.storage, self.place, []
         storage.reserve(moves.summaries, moves.text, *text)
@@ -90,6 +90,8 @@ class RollingSummaryCache(_BaseCache):
             self._ahead = self._taken(moves.ahead)
             new = [*new, *self._ahead[0], *(self._ahead[1] or [])]
         self._beside = new
+        if moves.behind:
+            parts.append(self.copy_of(moves.behind))
         return parts
 
     def seen(self, summaries: int, ranges: Ranges) -> list[Segment]:

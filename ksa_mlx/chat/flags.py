@@ -12,9 +12,8 @@ from typing import Any, NoReturn
 from mlx_lm.generate import setup_arg_parser
 
 from ..errors import SessionError
-from ..memory.room import parse_size
-from ..stock.flags import BOTH, add_kv, add_lookup, flag
 from ..stock.flags import LIMITS as SERVER
+from ..stock.flags import LOOKUP, add_kv, add_lookup, add_memory, check, exclude, flag
 
 # Flags of mlx-lm's that mean nothing here, and why.
 MEANINGLESS = {
@@ -59,7 +58,7 @@ SAMPLING = ("top_p", "min_p", "top_k", "xtc_probability")
 
 # Flags that exclude each other, and why.
 EXCLUSIVE = (
-    ("prompt_lookup", "draft_model", BOTH),
+    LOOKUP,
     ("demo", "prompt", "it asks questions of its own"),
     ("demo", "system_prompt", "it reads a notebook of its own"),
     ("demo", "prompt_cache_file", "it reads a notebook of its own"),
@@ -112,12 +111,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_kv(p)
     add_lookup(p)
-    p.add_argument(
-        "--memory-limit",
-        type=parse_size,
-        metavar="SIZE",
-        help="Refuse what would need more, such as 12GB (what the device recommends).",
-    )
+    add_memory(p)
     p.add_argument(
         "--references", action="store_true", help="Show what each answer was drawn from."
     )
@@ -146,18 +140,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, why in MEANINGLESS.items():
         if name in found:
             raise SessionError(f"{flag(name)}: {why}")
-    for name, (sensible, expected) in LIMITS.items():
-        if name in found and not sensible(found[name]):
-            raise SessionError(f"{flag(name)}: found {found[name]}, expected {expected}")
-    for name, other in NEEDS.items():
-        if name in found and other not in found:
-            raise SessionError(f"{flag(name)}: needs {flag(other)}")
+    check(found, LIMITS, NEEDS, SessionError)
     for name in SAMPLING:
         if name in given and not args.temp:
             raise SessionError(f"{flag(name)}: needs --temp above 0, else an answer is greedy")
-    for name, other, why in EXCLUSIVE:
-        if name in given and other in given:
-            raise SessionError(f"{flag(name)}: not together with {flag(other)}: {why}")
+    exclude(given, EXCLUSIVE, SessionError)
     if args.model == "":
         raise SessionError("--model: found nothing, expected a folder or a repo id")
     return args

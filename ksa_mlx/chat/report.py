@@ -3,6 +3,7 @@
 import mlx.core as mx
 
 from ..cache.storage import Affine, Segment, segments_of
+from ..memory.room import gb
 from ..stock.prompt_lookup import PromptLookup
 from .session import Session
 
@@ -47,8 +48,8 @@ def cache_line(session: Session) -> str:
     start = session.options.get("quantized_kv_start", 5000)
     later = "kv_bits" in session.options and session.offset < start
     return (
-        f"KV cache: {mb(held)} for {session.offset:,} tokens; "
-        f"full attention would hold {mb(full)}{at}{ratio}"
+        f"KV cache: {gb(held)} for {session.offset:,} tokens; "
+        f"full attention would hold {gb(full)}{at}{ratio}"
         + (f"; quantised from {start:,} tokens on (--quantized-kv-start)" if later else "")
     )
 
@@ -70,8 +71,3 @@ def report(session: Session) -> str:
     lines.append(f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB")
     lines.append(cache_line(session))
     return "\n".join(lines)
-
-
-def mb(nbytes: int) -> str:
-    """Bytes for people."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

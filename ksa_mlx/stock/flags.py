@@ -1,7 +1,7 @@
 """The server's flags that mlx-lm's own does not have, and what those of the KV cache may be."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +30,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 SERVERS = {**LIMITS, "prompt_cache_disk_size": (lambda n: n > 0, "more than 0")}
 
-# Why a text does not draft beside a draft model.
-BOTH = "both propose tokens"
+# A text does not draft beside a draft model.
+LOOKUP = ("prompt_lookup", "draft_model", "both propose tokens")
 
 # Flags that mean something beside another one only.
 NEEDS = {
@@ -79,7 +79,7 @@ def add_lookup(parser: argparse.ArgumentParser):
     )
 
 
-def _memory(parser: argparse.ArgumentParser):
+def add_memory(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--memory-limit",
         type=parse_size,
@@ -92,7 +92,7 @@ def _memory(parser: argparse.ArgumentParser):
 # One function a subject, in the order of the help.
 GROUPS: list[Callable[[argparse.ArgumentParser], None]] = [
     _prompt_cache,
-    _memory,
+    add_memory,
     add_kv,
     add_lookup,
 ]
@@ -103,17 +103,34 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def check(args: argparse.Namespace):
-    """Raise KSAError for values, and pairs of flags, that make no sense."""
-    for name, (sensible, expected) in SERVERS.items():
-        value = getattr(args, name)
-        if value is not None and not sensible(value):
-            raise KSAError(f"{flag(name)}: found {value}, expected {expected}")
-    for name, other in NEEDS.items():
-        if getattr(args, name) is not None and getattr(args, other) is None:
-            raise KSAError(f"{flag(name)}: needs {flag(other)}")
-    if args.prompt_lookup is not None and args.draft_model is not None:
-        raise KSAError(f"--prompt-lookup: not together with --draft-model: {BOTH}")
+def check(
+    given: Mapping[str, Any],
+    limits: Mapping[str, tuple[Callable[[Any], bool], str]],
+    needs: Mapping[str, str],
+    error: type[KSAError] = KSAError,
+):
+    """Raise an error for a value that makes no sense, or a flag without the one that it needs.
+
+    Args: given: what flags say, by name. limits: what a value must be, and in words. needs: flags
+    that mean something beside another one only.
+    """
+    for name, (sensible, expected) in limits.items():
+        if name in given and not sensible(given[name]):
+            raise error(f"{flag(name)}: found {given[name]}, expected {expected}")
+    for name, other in needs.items():
+        if name in given and other not in given:
+            raise error(f"{flag(name)}: needs {flag(other)}")
+
+
+def exclude(
+    given: Mapping[str, Any],
+    pairs: Iterable[tuple[str, str, str]],
+    error: type[KSAError] = KSAError,
+):
+    """Raise an error for two flags that exclude each other; pairs: both names, and why."""
+    for name, other, why in pairs:
+        if name in given and other in given:
+            raise error(f"{flag(name)}: not together with {flag(other)}: {why}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,7 +140,9 @@ class Parser(argparse.ArgumentParser):
         for group in GROUPS:
             group(self)
         found = super().parse_args(*args, **kwargs)
-        check(found)
+        given = {name: x for name, x in vars(found).items() if x is not None}
+        check(given, SERVERS, NEEDS)
+        exclude(given, [LOOKUP])
         if found.prompt_lookup is not None:
             if found.num_draft_tokens != self.get_default("num_draft_tokens"):
                 raise KSAError("--num-draft-tokens: needs --draft-model")
