@@ -17,6 +17,13 @@ MODEL_TYPE = "qwen3_ksa"
 TEXT_POSITIONS = ("origin", "inner_chunk")
 SUMMARY_POSITIONS = ("last_chunk_slice_right", "last_chunk_slice_left", "zeros")
 
+# What the model type of a base says in transformers where its config says nothing.
+BASES: dict[str, dict[str, Any]] = {
+    "llama": {"use_qk_norm": False},
+    "mistral": {"use_qk_norm": False, "sliding_window": 4096},
+    "qwen2": {"use_qk_norm": False, "attention_bias": True, "attention_output_bias": False},
+}
+
 # The text vocabulary of the released models, and the official code's default.
 DEFAULT_PREDICT_NUMS = 151936
 
@@ -26,9 +33,15 @@ def is_ksa(config: dict[str, Any]) -> bool:
     return config.get("use_summary_attention") is True
 
 
+def with_base(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with what the model type of its base says (see `BASES`)."""
+    return {**BASES.get(str(config.get("model_type")), {}), **config}
+
+
 @dataclass
 class ModelArgs(BaseModelArgs):
-    """The fields of a KSA `config.json` that the model reads (a Qwen3 and its summaries).
+    """The fields of a KSA `config.json` that the model reads: a Qwen3 and its summaries, or
+    another base that differs from it in norms and biases only (see `BASES`).
 
     Raises `ConfigError` for nonsense. After construction, `windows[i]` is layer i's window in
     chunks or None where the layer reads text only (a window that covers the context, or a
@@ -52,17 +65,23 @@ class ModelArgs(BaseModelArgs):
     summary_chunk_position_ids_type: str
     summary_token_position_ids_type: str
     summary_independent_parameters: bool
-    # The three without a default are never None once the checks have run.
+    # Those that are None without being allowed to never are once the checks have run.
     head_dim: int = None  # type: ignore[assignment]
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    attention_output_bias: bool = None  # type: ignore[assignment]
+    use_qk_norm: bool = True
+    mlp_bias: bool | None = False
     hidden_act: str = "silu"
     rope_theta: float = None  # type: ignore[assignment]
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     partial_rotary_factor: float | None = None
     original_max_position_embeddings: int | None = None
-    use_sliding_window: bool | None = False
+    rope_traditional: bool | None = False
+    rope_interleaved: bool | None = False
+    use_sliding_window: bool | None = None
+    sliding_window: int | None = None
     layer_types: list[str] | None = None
     mix_coeff: float = None  # type: ignore[assignment]
     summary_independent_attention_layernorm: bool = False
@@ -82,7 +101,7 @@ class ModelArgs(BaseModelArgs):
                 "which mlx-lm itself runs",
             )
         names = {f.name for f in fields(cls)}
-        given = {k: v for k, v in params.items() if k in names}
+        given = {k: v for k, v in with_base(params).items() if k in names}
         for f in fields(cls):
             if f.default is MISSING and f.name not in given:
                 raise ConfigError(f.name, None, "a value; the field is missing")
@@ -107,7 +126,7 @@ class ModelArgs(BaseModelArgs):
                 raise ConfigError(name, value, expected)
 
     def _check_fields(self):
-        """The fields of a Qwen3."""
+        """The fields of a base."""
         self._check("a name", lambda v: isinstance(v, str), "model_type")
         self._check(
             "an integer of at least 1",
@@ -125,13 +144,31 @@ class ModelArgs(BaseModelArgs):
             lambda v: v % self.num_key_value_heads == 0,
             "num_attention_heads",
         )
-        self._check("true or false", _is_bool, "tie_word_embeddings", "attention_bias")
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+        self._check(
+            "true or false",
+            _is_bool,
+            *("tie_word_embeddings", "attention_bias", "attention_output_bias", "use_qk_norm"),
+        )
+        self._check(
+            "false: a KSA model's MLP has no biases, and its RoPE turns halves, not pairs",
+            lambda v: v in (None, False),
+            *("mlp_bias", "rope_traditional", "rope_interleaved"),
+        )
         self._check("a positive number", lambda v: is_number(v) and v > 0, "rms_norm_eps")
         self._check("'silu'", lambda v: v == "silu", "hidden_act")
         self._check(
             "false: windows are summary_sliding_chunk_num's",
             lambda v: v in (None, False),
             "use_sliding_window",
+        )
+        # Left out, it is on for a Mistral.
+        self._check(
+            "null, or use_sliding_window = false beside it: windows are "
+            "summary_sliding_chunk_num's",
+            lambda v: v is None or self.use_sliding_window is False,
+            "sliding_window",
         )
         self._check(
             "full_attention in all layers: windows are summary_sliding_chunk_num's",
@@ -150,6 +187,11 @@ class ModelArgs(BaseModelArgs):
         self._check("an integer", lambda v: type(v) is int, "truncate_predict_nums")
         own = ("parameters", "attention_layernorm", "qk_norm")
         self._check("true or false", _is_bool, *(f"summary_independent_{name}" for name in own))
+        self._check(
+            "false, as use_qk_norm is",
+            lambda v: self.use_qk_norm or not v,
+            "summary_independent_qk_norm",
+        )
         for name, choices in (
             ("summary_chunk_position_ids_type", TEXT_POSITIONS),
             ("summary_token_position_ids_type", SUMMARY_POSITIONS),

@@ -1,4 +1,5 @@
-"""A KSA language model: a Qwen3 whose windowed layers read old text through summary tokens.
+"""A KSA language model: a Qwen3, or a base much like it, whose windowed layers read old text
+through summary tokens.
 
 Text rows and summary rows are carried as two blocks of one array, text first: they share the
 projections, norms and the MLP, and meet only in attention (see `naive.py` for the definition).
@@ -40,9 +41,10 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(hidden, self.n_heads * dim, bias=bias)
         self.k_proj = nn.Linear(hidden, self.n_kv_heads * dim, bias=bias)
         self.v_proj = nn.Linear(hidden, self.n_kv_heads * dim, bias=bias)
-        self.o_proj = nn.Linear(self.n_heads * dim, hidden, bias=bias)
-        self.q_norm = nn.RMSNorm(dim, eps=eps)
-        self.k_norm = nn.RMSNorm(dim, eps=eps)
+        self.o_proj = nn.Linear(self.n_heads * dim, hidden, bias=args.attention_output_bias)
+        if args.use_qk_norm:
+            self.q_norm = nn.RMSNorm(dim, eps=eps)
+            self.k_norm = nn.RMSNorm(dim, eps=eps)
         if args.own_kv(layer):
             self.k_proj_summary = nn.Linear(hidden, self.n_kv_heads * dim, bias=bias)
             self.v_proj_summary = nn.Linear(hidden, self.n_kv_heads * dim, bias=bias)
@@ -62,13 +64,14 @@ class Attention(nn.Module):
         )
 
     def _heads(self, name: str, x: mx.array, own: str = "") -> mx.array:
-        """Project rows (B, rows, hidden) to normed heads (B, rows, heads, head_dim)."""
+        """Project rows (B, rows, hidden) to heads (B, rows, heads, head_dim), normed where
+        the base norms them."""
         y = self[f"{name}_proj{own}"](x)
         y = y.reshape(*x.shape[:2], -1, self.head_dim)
-        if name == "v":
-            return y
-        norm = f"{name}_norm{own}"
-        return self[norm if norm in self else f"{name}_norm"](y)
+        for norm in (f"{name}_norm{own}", f"{name}_norm"):
+            if norm in self:
+                return self[norm](y)
+        return y
 
     def _project(self, name: str, x: mx.array, L: int) -> tuple[mx.array, mx.array | None]:
         """Heads of the L text rows, (B, heads, L, head_dim), and of the summary rows, before RoPE.

@@ -90,17 +90,18 @@ def layer_forward(layer, h, n, positions, sees, args):
     attn = layer.self_attn
     B, rows, _ = x.shape
 
-    def heads(name, norm):
+    def heads(name):
         """Project to (B, rows, heads, head_dim); blend the summary rows' own projection in."""
 
         def project(proj, rows, norm):
             y = attn[proj](rows).reshape(B, rows.shape[1], -1, args.head_dim)
-            return attn[norm](y) if norm else y
+            return attn[norm](y) if norm in attn else y
 
+        norm = f"{name}_norm"  # of queries and keys, in bases that have it
         base, own = project(f"{name}_proj", x, norm), f"{name}_proj_summary"
         if own not in attn or x.shape[1] == n:
             return base
-        own_norm = f"{norm}_summary" if norm and f"{norm}_summary" in attn else norm
+        own_norm = f"{norm}_summary" if f"{norm}_summary" in attn else norm
         own = project(own, x[:, n:], own_norm)
         mix = args.mix_coeff
         return mx.concatenate([base[:, :n], mix * own + (1 - mix) * base[:, n:]], 1)
@@ -111,7 +112,7 @@ def layer_forward(layer, h, n, positions, sees, args):
         flat = attn.rope(flat, offset=mx.array(positions.astype(np.int32)))
         return flat.reshape(rows, B, -1, args.head_dim).swapaxes(0, 1)
 
-    q, k, v = rope(heads("q", "q_norm")), rope(heads("k", "k_norm")), heads("v", None)
+    q, k, v = rope(heads("q")), rope(heads("k")), heads("v")
     repeat = q.shape[2] // k.shape[2]
     k, v = mx.repeat(k, repeat, axis=2), mx.repeat(v, repeat, axis=2)
     scores = mx.einsum("bqhd,bkhd->bhqk", q, k) * args.head_dim**-0.5

@@ -103,10 +103,10 @@ def layer_shapes(args: ModelArgs) -> dict[str, Shape]:
     linears["o_proj"] = (hidden, heads)
     for name, shape in linears.items():
         shapes[f"self_attn.{name}.weight"] = shape
-        if args.attention_bias:
+        if args.attention_output_bias if name == "o_proj" else args.attention_bias:
             shapes[f"self_attn.{name}.bias"] = shape[:1]
 
-    norms = ["q_norm", "k_norm"]
+    norms = ["q_norm", "k_norm"] if args.use_qk_norm else []
     if args.summary_independent_parameters and args.summary_independent_qk_norm:
         norms += ["q_norm_summary", "k_norm_summary"]
     shapes.update({f"self_attn.{name}.weight": (dim,) for name in norms})

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from ksa_mlx.convert import main
 
 GOLDENS = Path(__file__).parent / "goldens"
+# Ours, of bases without q/k norms (make_goldens.py); the others are the official code's.
+BASES = ("llama_hybrid", "qwen2_two_summaries")
 HUB = (
     "hybrid_mix0",
     "hybrid_mix1",
@@ -18,6 +20,7 @@ HUB = (
     "two_summaries",
     "shared_params",
     "hybrid_outgrown",
+    *BASES,
 )
 MUSE = ("muse_bypass", "muse_bypass_mid")
 WEIGHTS = "model.safetensors"

@@ -20,6 +20,7 @@ NAMES = (
     "full layer inside",
     "two summaries",
     "shared, biases",
+    "qwen2",
     "bypass",
     "own qk norms",
 )

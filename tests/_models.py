@@ -46,6 +46,8 @@ VARIANTS = {
     "inner chunk": {"summary_chunk_position_ids_type": "inner_chunk", "summary_chunk_size": 3},
     "different windows": {"summary_sliding_chunk_num": [0, 3, 1], "summary_chunk_size": 5},
     "shared, biases": {"summary_independent_parameters": False, "attention_bias": True},
+    "no norms": {"use_qk_norm": False, "mix_coeff": 1.0, "summary_sliding_chunk_num": [2, 2000, 2]},
+    "qwen2": {"use_qk_norm": False, "attention_bias": True, "attention_output_bias": False},
     "bypass": {"summary_layer_freq": [1, 0, 1], "num_key_value_heads": 4},
     "own qk norms": {"summary_independent_qk_norm": True, "num_key_value_heads": 1},
     "chunk of one": {"summary_chunk_size": 1, "summary_sliding_chunk_num": 3},

@@ -187,7 +187,7 @@ def test_muse_blend():
 
 @pytest.mark.parametrize(
     "field, value",
-    [("q_norm", False), ("layer_sliding_window", "[8]*4"), ("vocab_size", 90)],
+    [("k_norm", False), ("q_norm", 1), ("layer_sliding_window", "[8]*4"), ("vocab_size", 90)],
 )
 def test_muse_refusals(field, value):
     with pytest.raises(ConfigError, match=field):

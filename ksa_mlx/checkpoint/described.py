@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import MODEL_TYPE, ModelArgs
+from ..config import MODEL_TYPE, ModelArgs, with_base
 from ..errors import CheckpointError, ConfigError, in_file
 from ..weights import EMBED, HEAD, TIED, Plan, announced, hub_plan, mlx_plan
 from .muse import muse_plan, to_hub_config
@@ -43,7 +43,7 @@ def describe(
         if source.kind == "hub" and not isinstance(config.get("model_type"), str):
             raise ConfigError("model_type", config.get("model_type"), "a name")
         if source.kind != "mlx":
-            config = {**announced(config, shapes), "model_type": MODEL_TYPE}
+            config = {**with_base(announced(config, shapes)), "model_type": MODEL_TYPE}
         config = tidy({**config, **(overrides or {})})
         args, plan = _planned(source, config)
         if quantization(config) is not None:

@@ -68,9 +68,10 @@ def to_hub_config(muse: dict[str, Any]) -> dict[str, Any]:
     off. Where `summary_mix_qkv` anneals them, the weight depends on the training step, which a
     checkpoint does not tell: the config must say `mix_coeff`.
     """
-    for name in ("q_norm", "k_norm"):
-        if muse.get(name, True) is not True:
-            raise ConfigError(name, muse[name], "true, as in Qwen3")
+    norms = {name: muse.get(name, True) for name in ("q_norm", "k_norm")}
+    for name, on in norms.items():
+        if type(on) is not bool or on is not norms["q_norm"]:
+            raise ConfigError(name, on, "true or false, the same for q_norm and k_norm")
     for name in ("sliding_window", "layer_sliding_window"):
         on = name != "sliding_window" or muse.get("use_sliding_window")
         if on and muse.get(name) not in (None, 0):
@@ -102,6 +103,10 @@ def to_hub_config(muse: dict[str, Any]) -> dict[str, Any]:
         config["mix_coeff"] = 1.0
     if not own:
         config["mix_coeff"] = 0
+    config["use_qk_norm"] = norms["q_norm"]
+    if not norms["q_norm"]:  # as Muse has it
+        config["summary_independent_qk_norm"] = False
+    config["attention_output_bias"] = False
     config["attention_bias"] = any(muse.get(f"{n}_proj_bias", False) for n in "qkv")
     config["truncate_predict_nums"] = 0
     config["architectures"] = ["Qwen3ForCausalLM"]
@@ -142,9 +147,8 @@ def muse_plan(args: ModelArgs, muse: dict[str, Any]) -> Plan:
 
 
 def _has_bias(name: str, muse: dict[str, Any]) -> bool:
-    """Muse's q, k and v have a bias each as the config says; its o_proj never has one."""
-    projection = name.split(".")[-2][0]
-    return projection != "o" and bool(muse.get(f"{projection}_proj_bias", False))
+    """Muse's q, k and v have a bias each as the config says."""
+    return bool(muse.get(f"{name.split('.')[-2][0]}_proj_bias", False))
 
 
 def muse_name(name: str) -> str:
