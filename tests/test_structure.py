@@ -28,6 +28,7 @@ FLOORS = [
     ["memory"],
     ["checkpoint"],
     ["stock", "benchmark"],
+    ["recall"],
     ["references", "report"],
     ["__init__"],  # the package's public names
     ["chat"],
