@@ -3,7 +3,7 @@
 import glob
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,12 +62,14 @@ def open_source(
     revision: str | None = None,
     python: bool = False,
     pickles: bool = False,
+    check: Callable[[dict[str, Any], Path], Any] | None = None,
 ) -> Source:
     """A KSA checkpoint: a path as it is, a Hub repo downloaded as far as it is needed.
 
     With `python`, Python files are downloaded too, which some tokenizers need; with `pickles`,
-    `pytorch_model*.bin` where the repo has no safetensors. Raises `CheckpointError` of one line,
-    before any weights are downloaded if it can.
+    `pytorch_model*.bin` where the repo has no safetensors. `check` raises for the config, in its
+    file, of another model than is wanted, which else is a KSA model. Raises `CheckpointError` of
+    one line, before any weights are downloaded if it can.
     """
     path, repo, online = local(path_or_repo, revision), None, False
     if path is None:
@@ -77,7 +79,7 @@ def open_source(
         raise CheckpointError(f"{path}: found a JSON file, expected a folder or a file of weights")
     file = find_config(path)
     config = read_json(file)
-    check_is_ksa(config, file)
+    (check or check_is_ksa)(config, file)
     if repo is not None:
         download = partial(_download, repo, path, online)
         download([*SMALL, *(["*.py"] if python else [])])

@@ -1,0 +1,1 @@
+"""Making a KSA model of a pretrained model with full attention."""

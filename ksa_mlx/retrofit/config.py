@@ -1,0 +1,119 @@
+"""The config of a plain base, in one form, and that of the KSA model made of it."""
+
+from typing import Any
+
+from ..checkpoint.described import quantization, tidy
+from ..config import MODEL_TYPE, ModelArgs, is_ksa
+from ..errors import ConfigError
+
+KINDS = ("qwen3", "qwen2", "llama", "mistral")
+# What a base's config says of its model, beside RoPE; of the rest only COPIED is kept.
+_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "vocab_size"),
+    *("max_position_embeddings", "hidden_act"),
+)
+_ROPE = (
+    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
+    "original_max_position_embeddings",
+)
+_COPIED = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "quantization")
+
+
+def base_config(config: dict[str, Any], tied: bool) -> dict[str, Any]:
+    """A base's config with the fields that KSA models have, each said once, and checked.
+
+    Args:
+        config: a `config.json` of one of KINDS.
+        tied: what counts where the config does not say whether the head is the embedding.
+
+    Raises `ConfigError` for what a KSA model cannot be made of.
+    """
+    check_kind(config)
+    config = tidy(config)
+    quantization(config)
+    kind = config["model_type"]
+    found = {name: config[name] for name in _FIELDS if config.get(name) is not None}
+    if kind == "llama":  # its first configs leave it out
+        found.setdefault("num_key_value_heads", config.get("num_attention_heads"))
+    if kind == "qwen3":  # as transformers has it
+        found.setdefault("head_dim", 128)
+    for name in ("mlp_bias", *(["use_sliding_window"] if "qwen" in kind else [])):
+        if config.get(name) not in (None, False):
+            raise ConfigError(name, config[name], "false: KSA models have none")
+    if "qwen" not in kind and config.get("sliding_window") is not None:
+        raise ConfigError("sliding_window", config["sliding_window"], "null: a base with full "
+                          "attention in all layers")  # fmt: skip
+    for layer, name in enumerate(config.get("layer_types") or []):
+        if name != "full_attention":
+            raise ConfigError("layer_types", name, "full_attention", layer)
+    # Qwen2 has biases, of q, k and v, and says nothing of them.
+    bias = kind == "qwen2" or config.get("attention_bias", False)
+    out = config.get("attention_output_bias", False if kind == "qwen2" else bias)
+    tie = config.get("tie_word_embeddings")
+    found |= {
+        "model_type": kind,
+        "attention_bias": bias,
+        "attention_output_bias": out,
+        "use_qk_norm": kind == "qwen3",
+        "tie_word_embeddings": tied if tie is None else tie,
+        **{name: config[name] for name in (*_ROPE, *_COPIED) if config.get(name) is not None},
+    }
+    if not any("rope_theta" in (found.get(n) or {}) for n in ("rope_scaling", "rope_parameters")):
+        found.setdefault("rope_theta", 10000.0)  # transformers' default for all of KINDS
+    layers = found.get("num_hidden_layers")
+    args = ModelArgs.from_dict(ksa_config(found, [None] * layers if type(layers) is int else []))
+    scaling = dict(found.pop("rope_parameters", None) or found.get("rope_scaling") or {})
+    scaling.pop("rope_theta", None)
+    found |= {
+        "head_dim": args.head_dim,
+        "rope_theta": args.rope_theta,
+        "rope_scaling": scaling if args.rope_scaling else None,
+    }
+    return found
+
+
+def check_kind(config: dict[str, Any]):
+    """Raise `ConfigError` unless a config's model is one that a KSA model can be made of."""
+    if is_ksa(config):
+        raise ConfigError(
+            "use_summary_attention", True, "a plain model: this is a KSA model already"
+        )
+    kind = config.get("model_type")
+    if kind not in KINDS:
+        raise ConfigError("model_type", kind, f"one of {', '.join(KINDS)}")
+
+
+def ksa_config(
+    base: dict[str, Any], windows: list[int | None], chunk: int = 8, own: bool = True
+) -> dict[str, Any]:
+    """The `config.json` of the KSA model made of a base.
+
+    Args:
+        base: `Base.config`.
+        windows: of each layer in chunks; None where it keeps full attention.
+        chunk: tokens a chunk, which has one summary token.
+        own: whether summary rows have projections and an input norm of their own.
+    """
+    text, context = base.get("vocab_size"), base.get("max_position_embeddings")
+    if type(text) is not int or type(context) is not int or type(chunk) is not int or chunk < 1:
+        raise ConfigError(
+            "vocab_size, max_position_embeddings", (text, context), "integers of at least 1"
+        )
+    covers = -(-context // chunk)
+    return {
+        **{name: value for name, value in base.items() if name != "quantization"},
+        "model_type": MODEL_TYPE,
+        "vocab_size": text + 1,
+        "use_summary_attention": True,
+        "summary_chunk_size": chunk,
+        "summary_token_num": 1,
+        "summary_token_begin": text,
+        "truncate_predict_nums": text,
+        "summary_sliding_chunk_num": [covers if w is None else w for w in windows],
+        "summary_chunk_position_ids_type": "origin",
+        "summary_token_position_ids_type": "last_chunk_slice_right",
+        "summary_independent_parameters": own,
+        "summary_independent_attention_layernorm": own,
+        "mix_coeff": 1.0 if own else 0,
+    }
