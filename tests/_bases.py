@@ -15,7 +15,7 @@ TEXTS = (
     "12345 67, 3.14159",
     "a\n\n\n  b\t\tc",
     "def f(x):\n    return {'a': x**2}\n",
-    "Привет, мир! 你好，世界 ñandú 😀",
+    "Привет, мир! 你好。世界 ñandú 😀",
     "I'll don't  we've   x",
     "<|im_start|>user\nhi<|im_end|>\n",
 )
@@ -249,5 +249,3 @@ def gguf(
     head += b"".join(_text(name) + _value(v) for name, v in entries.items()) + infos
     file.write_bytes(head + b"\0" * (-len(head) % 32) + data)
     return values
-
-

@@ -30,6 +30,7 @@ FLOORS = [
     ["stock", "benchmark"],
     ["recall"],
     ["references", "report"],
+    ["retrofit"],
     ["__init__"],  # the package's public names
     ["chat"],
     ["convert", "generate"],

@@ -3,11 +3,11 @@
 from typing import Any
 
 from ..checkpoint.described import quantization, tidy
-from ..config import MODEL_TYPE, ModelArgs, is_ksa
+from ..config import MODEL_TYPE, ModelArgs, is_ksa, with_base
 from ..errors import ConfigError
 
 KINDS = ("qwen3", "qwen2", "llama", "mistral")
-# What a base's config says of its model, beside RoPE; of the rest only COPIED is kept.
+# What a base's config says of its model, beside RoPE; of the rest only _COPIED is kept.
 _FIELDS = (
     *("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "vocab_size"),
@@ -30,7 +30,7 @@ def base_config(config: dict[str, Any], tied: bool) -> dict[str, Any]:
     Raises `ConfigError` for what a KSA model cannot be made of.
     """
     check_kind(config)
-    config = tidy(config)
+    config = tidy(with_base(config))
     quantization(config)
     kind = config["model_type"]
     found = {name: config[name] for name in _FIELDS if config.get(name) is not None}
@@ -38,24 +38,22 @@ def base_config(config: dict[str, Any], tied: bool) -> dict[str, Any]:
         found.setdefault("num_key_value_heads", config.get("num_attention_heads"))
     if kind == "qwen3":  # as transformers has it
         found.setdefault("head_dim", 128)
-    for name in ("mlp_bias", *(["use_sliding_window"] if "qwen" in kind else [])):
-        if config.get(name) not in (None, False):
-            raise ConfigError(name, config[name], "false: KSA models have none")
-    if "qwen" not in kind and config.get("sliding_window") is not None:
-        raise ConfigError("sliding_window", config["sliding_window"], "null: a base with full "
-                          "attention in all layers")  # fmt: skip
+    if config.get("mlp_bias") not in (None, False):
+        raise ConfigError("mlp_bias", config["mlp_bias"], "false: KSA models have none")
+    # A window is on where the config has one, but in Qwen, where another field says so.
+    on = "use_sliding_window" if "qwen" in kind else "sliding_window"
+    if config.get(on) not in (None, False) and config.get("use_sliding_window") is not False:
+        raise ConfigError(on, config[on], "none: a base with full attention in all layers")
     for layer, name in enumerate(config.get("layer_types") or []):
         if name != "full_attention":
             raise ConfigError("layer_types", name, "full_attention", layer)
-    # Qwen2 has biases, of q, k and v, and says nothing of them.
-    bias = kind == "qwen2" or config.get("attention_bias", False)
-    out = config.get("attention_output_bias", False if kind == "qwen2" else bias)
+    bias = config.get("attention_bias", False)
     tie = config.get("tie_word_embeddings")
     found |= {
         "model_type": kind,
         "attention_bias": bias,
-        "attention_output_bias": out,
-        "use_qk_norm": kind == "qwen3",
+        "attention_output_bias": config.get("attention_output_bias", bias),
+        "use_qk_norm": config.get("use_qk_norm", True),
         "tie_word_embeddings": tied if tie is None else tie,
         **{name: config[name] for name in (*_ROPE, *_COPIED) if config.get(name) is not None},
     }
@@ -95,11 +93,14 @@ def ksa_config(
         chunk: tokens a chunk, which has one summary token.
         own: whether summary rows have projections and an input norm of their own.
     """
-    text, context = base.get("vocab_size"), base.get("max_position_embeddings")
-    if type(text) is not int or type(context) is not int or type(chunk) is not int or chunk < 1:
-        raise ConfigError(
-            "vocab_size, max_position_embeddings", (text, context), "integers of at least 1"
-        )
+    text: Any = base.get("vocab_size")
+    context: Any = base.get("max_position_embeddings")
+    for name, value in (
+        *(("vocab_size", text), ("max_position_embeddings", context)),
+        ("summary_chunk_size", chunk),
+    ):
+        if type(value) is not int or value < 1:
+            raise ConfigError(name, value, "an integer of at least 1")
     covers = -(-context // chunk)
     return {
         **{name: value for name, value in base.items() if name != "quantization"},

@@ -91,7 +91,8 @@ def _config(
     ):
         if (found := get(name, expected)) != expected:
             raise ConfigError(f"{kind}.{name}", found, f"{expected}")
-    context, biases = get("context_length"), "blk.0.attn_q.bias" in weights
+    table = weights.get("token_embd.weight")
+    vocabulary = get("vocab_size", 0) if table is None else table.shape[0]
     return {
         "model_type": kind,
         "hidden_size": hidden,
@@ -101,11 +102,11 @@ def _config(
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "vocab_size": weights["token_embd.weight"].shape[0] if "token_embd.weight" in weights else 0,
-        "max_position_embeddings": context,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": get("context_length"),
         "rope_theta": get("rope.freq_base", 10000.0),
         "rope_scaling": _scaling(metadata, kind, frequencies),
-        "attention_bias": biases,
+        "attention_bias": "blk.0.attn_q.bias" in weights,
         "attention_output_bias": "blk.0.attn_output.bias" in weights,
         "tie_word_embeddings": "output.weight" not in weights,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),

@@ -34,12 +34,12 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path):
     if kind != "gpt2":
         raise ConfigError("tokenizer.ggml.model", kind, "'gpt2'; its folder on the Hub will do")
     if cut not in _SPLITS:
-        names = ", ".join(sorted(_SPLITS))
-        raise ConfigError("tokenizer.ggml.pre", cut, f"one of {names}; its Hub folder will do")
+        known = ", ".join(sorted(_SPLITS))
+        raise ConfigError("tokenizer.ggml.pre", cut, f"one of {known}; its Hub folder will do")
     types = metadata.get("tokenizer.ggml.token_type", [])
     if len(types) not in (0, len(tokens)):
         raise ConfigError("tokenizer.ggml.token_type", len(types), f"{len(tokens)} entries")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs: Any = [tuple(merge.split(" ")) for merge in merges]
     llama3 = _SPLITS[cut] == _LLAMA3
     try:
         # Llama 3's vocabulary has words that its merges do not make.
@@ -55,7 +55,7 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path):
         found = [t for t, kind in zip(tokens, types, strict=False) if kind == wanted]
         added = [AddedToken(t, normalized=False, special=special) for t in found]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
-    names = {}
+    names: dict[str, str] = {}
     for name, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         i = metadata.get(f"tokenizer.ggml.{field}_token_id")
         if i is not None:
@@ -71,7 +71,7 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path):
     else:
         tokenizer.post_processor = ByteLevel(trim_offsets=False)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     config["clean_up_tokenization_spaces"] = False
     if context := metadata.get(f"{metadata.get('general.architecture')}.context_length"):
         config["model_max_length"] = context
