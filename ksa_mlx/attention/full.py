@@ -1,5 +1,6 @@
 """Attention over all of the text: full layers, and MLX's attention block by block."""
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -7,6 +8,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..cache.full import BatchFullCache
 from ..cache.storage import Segment, join, part_of, segments_of
+from .blockwise import blockwise, causal
 from .decode import attend, decode, decode_rows
 from .plan import BLOCK, Call, Step
 
@@ -16,6 +18,8 @@ def full_attention(
 ) -> mx.array:
     """Attention of queries (B, heads, L, head_dim) over all of keys and values, which are as
     `cache`, one of mlx-lm's, hands them out; mask: None, "causal" or an array."""
+    if call.blockwise:
+        return blockwise(queries, keys, values, partial(causal, 0, queries.shape[2]))
     if isinstance(keys, mx.array):
         return attend(queries, keys, values, mask)
     if isinstance(mask, mx.array):

@@ -1,5 +1,6 @@
 """What one call of the model reads and computes: a step a sequence."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,9 @@ from . import metal
 
 # Query rows a block in prefill: bounds the workspace at block x keys.
 BLOCK = 256
+
+# Query rows from which on a backward computes its blocks again: that takes a quarter more time.
+LONG = 1024
 
 # Chunks summarised at once in decode. More mean fewer, larger steps; all must be in the window.
 CHUNKS = 16
@@ -73,10 +77,11 @@ class Step:
         """Blocks of queries, each of which sees some summaries and a range of text; the same for
         all layers of one window."""
         if window not in self._blocks:
-            self._blocks[window] = list(self._in_blocks(window))
+            self._blocks[window] = list(self.in_blocks(window))
         return self._blocks[window]
 
-    def _in_blocks(self, window: int):
+    def in_blocks(self, window: int) -> Iterator[Block]:
+        """The same, one after the other: their masks are made anew."""
         k, s = self.args.summary_chunk_size, self.args.summary_token_num
         a, stop = self.offset, self.offset + self.length
         while a < stop:
@@ -112,12 +117,14 @@ class Call:
 
     length: text rows that are carried. rows, chunks: of summaries, of all steps. offset: of the
     first column, an int, or (B,) where lengths differ. kernels: what `metal.wanted` says.
+    blockwise: whether a gradient is wanted of so many rows that no layer may hold all scores.
     """
 
     def __init__(self, args, length: int, cache: Any, summarises: bool, training: bool):
         """cache: of one windowed layer if there is one, else of any layer; None without.
         summarises: whether a layer here is windowed."""
         # Kernels have no gradient.
+        self.blockwise = training and cache is None and length > LONG
         self.kernels = None if training else metal.wanted()
         self.columns = length
         self.offset = 0 if cache is None else cache.offset

@@ -3,6 +3,7 @@
 Shapes are (B, heads, rows, head_dim) throughout; softmax scale is head_dim^-0.5.
 """
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ import mlx.core as mx
 from ..cache.place import Moves
 from ..cache.rolling import Pair, RollingSummaryCache
 from ..cache.storage import join
+from .blockwise import blockwise, windowed
 from .decode import decode, decode_rows
 from .plan import Call, Step
 from .prefill import prefill, prefill_ops
@@ -42,7 +44,7 @@ def windowed_attention(
     keys and values (B, KV heads, chunks * k, head_dim), None without rows.
     """
     if cache is None:
-        out, texts = _without_cache(queries, keys, values, summaries, call.steps[0], window)
+        out, texts = _without_cache(queries, keys, values, summaries, call, window)
     elif cache.ragged:
         out, texts = _rows(queries, keys, values, summaries, cache, call)
     else:
@@ -108,7 +110,16 @@ def _many(queries, pair, summaries, cache, step, kernels) -> Attended:
     return prefill(queries, keys, values, start, cache, step, window, kernels), texts
 
 
-def _without_cache(queries, keys, values, summaries, step, window) -> Attended:
+def _without_cache(queries, keys, values, summaries, call, window) -> Attended:
+    step = call.steps[0]
     newest_first = None if summaries is None else tuple(x[:, :, ::-1] for x in summaries)
-    out = prefill_ops(queries, keys, values, 0, newest_first, step, window)
+    if call.blockwise:
+        pair, count = (keys, values), 0
+        if newest_first is not None:
+            count = newest_first[0].shape[2]
+            both = zip(newest_first, pair, strict=True)
+            pair = tuple(mx.concatenate(two, axis=2) for two in both)
+        out = blockwise(queries, *pair, partial(windowed, step, window, count))
+    else:
+        out = prefill_ops(queries, keys, values, 0, newest_first, step, window)
     return out, [tuple(step.text(keys, values))] if step.chunks else []
