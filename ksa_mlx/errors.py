@@ -42,6 +42,10 @@ class ContextError(SessionError):
     """A conversation that is longer than the model's context."""
 
 
+class DataError(KSAError):
+    """Texts to train on that cannot be used."""
+
+
 class MemoryLimitError(SessionError):
     """A prompt that the machine has no room for."""
 
