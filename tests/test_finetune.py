@@ -79,11 +79,6 @@ def test_gradients_are_finite_differences(name):
         assert abs((at[0] - at[1]) / (2 * step) - slope) < 0.02 * slope, key
 
 
-@pytest.mark.feature(
-    "Training the summary embedding itself",
-    "`mlx_lm.lora`",
-    "not possible: mlx-lm unfreezes the layers only; the summary path is trained through them",
-)
 def test_old_text_is_trained_through_summaries_only():
     """How far back the last token's loss has a gradient. 60 tokens, chunks of 4, window 2."""
 

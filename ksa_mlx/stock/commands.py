@@ -2,8 +2,8 @@
 
 In comparison with `mlx_lm.chat --trust-remote-code` and so on: `--trust-remote-code` is not needed,
 also for draft models, which mlx-lm loads without it; with `--draft-model` the caches can take back
-tokens, whatever the config says; `server` is ours in part (see `server.py`); and what a command
-refuses it refuses in one line.
+tokens, whatever the config says; `lora` has a flag of ours (see `adapters.py`); `server` is ours in
+part (see `server.py`); and what a command refuses it refuses in one line.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import mlx_lm.cli
 from ..cache.rollback import ENOUGH, ROLLBACK
 from ..checkpoint.source import fetch_config
 from ..errors import KSAError, one_line
-from . import server
+from . import adapters, server
 
 # Which extra of mlx-lm brings a package that a fresh install lacks.
 EXTRAS = {"datasets": "train", "lm_eval": "evaluate", "PIL": "vision"}
@@ -44,6 +44,8 @@ def run(command: str, argv: list[str]) -> int:
         )
     if command == "server":
         server.install()
+    elif command == "lora":
+        adapters.install_flag()
     try:
         for flag, name in (("--model", args.model), ("--draft-model", args.draft_model)):
             if name is not None:

@@ -22,7 +22,7 @@ from ..cache.rolling import RollingSummaryCache
 from ..checkpoint import load as checkpoint
 from ..checkpoint.source import read_json
 from ..config import MODEL_TYPE, is_ksa
-from . import dora, ids, prompt_lookup
+from . import adapters, dora, ids, prompt_lookup
 
 # The name of `model_file.py` in a converted folder.
 MODEL_FILE = "ksa_model.py"
@@ -43,6 +43,7 @@ def register():
         know_config()
         load_ours()
         dora.install()
+        adapters.install()
         prompt_lookup.install()
         ids.install()
 
