@@ -94,6 +94,11 @@ class Attention(nn.Module):
         """Queries (B, heads, L, head_dim) of text rows x (B, L, hidden), normed, after RoPE."""
         return self._rotate_text(self._heads("q", x).swapaxes(1, 2), offset)
 
+    def text_pair(self, x: mx.array, offset: Any) -> tuple[mx.array, mx.array]:
+        """Keys and values of text rows, likewise."""
+        keys, values = (self._heads(name, x).swapaxes(1, 2) for name in "kv")
+        return self._rotate_text(keys, offset), values
+
     def _rotate_text(self, x: mx.array, offset: Any) -> mx.array:
         """Rotate text heads (B, heads, L, head_dim) at positions offset, offset + 1, ..."""
         if self.args.summary_chunk_position_ids_type == "origin":
@@ -266,11 +271,12 @@ class Model(nn.Module):
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        h = self.model(inputs, cache, input_embeddings)
-        if self.args.tie_word_embeddings:
-            logits = self.model.embed_tokens.as_linear(h)
-        else:
-            logits = self.lm_head(h)
+        return self.head(self.model(inputs, cache, input_embeddings))
+
+    def head(self, h: mx.array) -> mx.array:
+        """Logits (..., text ids) of last hidden states (..., hidden)."""
+        tied = self.args.tie_word_embeddings
+        logits = self.model.embed_tokens.as_linear(h) if tied else self.lm_head(h)
         return predicted(self.args, logits)
 
     def make_cache(self) -> list[Any]:

@@ -43,7 +43,7 @@ def given(
 
 def as_text(filler: str | Sequence[int], tokenizer: Any) -> str:
     """Filler as text, whether text or ids; it ends a line."""
-    text = filler if isinstance(filler, str) else tokenizer.decode(list(filler))
+    text = filler if isinstance(filler, str) else tokenizer.decode([int(i) for i in filler])
     return text if text.endswith("\n") else f"{text}\n"
 
 

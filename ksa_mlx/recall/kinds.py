@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from .splits import Pattern, Split
 
-VALUES, CHAIN = 4, 4  # of a name, of a value
+NAMES, VALUES = 3, 4  # names with several values, and how many each
+CHAINS, CHAIN = 3, 4  # of variables, and how many each
 # Shares of the three commonest words of a list; the others come equally often.
 COMMON = (0.14, 0.10, 0.07)
 OTHERS = 60
@@ -90,8 +91,8 @@ def words(split, rng, depths, facts, entries) -> Plan:
 
 
 def values(split, rng, depths, facts, entries) -> Plan:
-    """Several values: all numbers of a name, which are spread among those of another."""
-    plan, names = Plan(), rng.sample(split.names, 2)
+    """Several values: all numbers of a name, which are spread among those of others."""
+    plan, names = Plan(), rng.sample(split.names, NAMES)
     owners = [n for n in names for _ in range(VALUES)]
     rng.shuffle(owners)
     held: dict[str, list[tuple[int, str]]] = {n: [] for n in names}
@@ -104,8 +105,8 @@ def values(split, rng, depths, facts, entries) -> Plan:
 
 
 def variables(split, rng, depths, facts, entries) -> Plan:
-    """Variable tracking: which variables got a number, one from another; two chains."""
-    plan, chains = Plan(), _numbers(rng, 2)
+    """Variable tracking: which variables got a number, one from another; several chains."""
+    plan, chains = Plan(), _numbers(rng, CHAINS)
     order = [c for c in chains for _ in range(CHAIN)]
     rng.shuffle(order)
     made: dict[str, None] = {}  # in order

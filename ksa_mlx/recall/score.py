@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..memory.caches import Quantised
@@ -65,7 +66,7 @@ class Cached:
 
     Args:
         model: one of ours or of mlx-lm's.
-        quantised: the bits and group size of the caches, from the first token on; None: plain.
+        quantised: to what the caches are quantised after each step, None: not.
         step: tokens that are read at once.
     """
 
@@ -76,9 +77,10 @@ class Cached:
 
     def begin(self, ids: list[int]):
         """Read a text, of which no logits are computed."""
-        self.read, self.cache = list(ids), fresh(self.model, self.quantised)
+        self.read, self.cache = list(ids), make_prompt_cache(self.model)
         for at in range(0, len(ids), self.step):
             self.model(mx.array([ids[at : at + self.step]]), cache=self.cache)
+            quantise(self.cache, self.quantised)
             mx.eval([c.state for c in self.cache])
 
     def __call__(self, ids: mx.array, start: int, stop: int) -> mx.array:
@@ -90,9 +92,8 @@ class Cached:
         return logits[0, start - n :]
 
 
-def fresh(model: Any, quantised: Quantised | None) -> list[Any]:
-    """Empty caches of a model, which are quantised from the first token on if they are at all."""
-    caches = make_prompt_cache(model)
-    if quantised is None:
-        return caches
-    return [c.to_quantized(quantised.group_size, quantised.bits) for c in caches]
+def quantise(cache: list[Any], quantised: Quantised | None):
+    """Quantise what a model has read, in place and as mlx-lm does, if it is to be."""
+    if quantised is not None:
+        bits, group_size, start = quantised
+        maybe_quantize_kv_cache(cache, start, group_size, bits)
