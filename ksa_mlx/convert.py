@@ -32,7 +32,7 @@ from .checkpoint.stop import (
     stop_ids,
 )
 from .checkpoint.tensors import Checkpoint, Dequantized, open_checkpoint
-from .checkpoint.write import ShardWriter, dropped, workspace, write_weights
+from .checkpoint.write import ShardWriter, dropped, new_folder, workspace, write_weights
 from .config import MODEL_TYPE, ModelArgs
 from .errors import CheckpointError, KSAError, in_file, one_line
 from .model import Model
@@ -88,7 +88,7 @@ def convert(
     wanted = _wanted(quantize, q_group_size, q_bits, q_mode, quant_predicate)
     if quantize and dequantize:
         raise CheckpointError("choose either quantize or dequantize, not both")
-    destination = _new(mlx_path)
+    destination = new_folder(mlx_path)
     if upload_repo is not None:
         check_upload(upload_repo)
     say = report or (lambda line: None)
@@ -143,15 +143,6 @@ def _wanted(quantize, group_size, bits, mode, recipe) -> Quantization | None:
     if mode not in MODES:
         raise CheckpointError(f"--q-mode: found {mode}, expected one of {', '.join(MODES)}")
     return Quantization(mode, group_size or MODES[mode][0], bits or MODES[mode][1], recipe)
-
-
-def _new(path: str) -> Path:
-    destination = Path(path).expanduser()
-    if not str(path):
-        raise CheckpointError("--mlx-path: found '', expected the name of a new folder")
-    if destination.exists() or destination.is_symlink():
-        raise CheckpointError(f"{destination}: exists already; name a new folder")
-    return destination
 
 
 def _dequantized(source: Source, checkpoint: Checkpoint) -> tuple[Source, Checkpoint]:

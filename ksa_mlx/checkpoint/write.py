@@ -136,6 +136,16 @@ def dropped(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[int, int]]:
     return {why: (n, b) for why, (n, b) in total.items()}
 
 
+def new_folder(path: str | Path, flag: str = "--mlx-path") -> Path:
+    """The path of a flag's folder, which must not be there yet. Raises `CheckpointError`."""
+    destination = Path(path).expanduser()
+    if not str(path):
+        raise CheckpointError(f"{flag}: found '', expected the name of a new folder")
+    if destination.exists() or destination.is_symlink():
+        raise CheckpointError(f"{destination}: exists already; name a new folder")
+    return destination
+
+
 @contextmanager
 def workspace(destination: Path):
     """A folder beside `destination` that takes its name at the end, or vanishes on an error.

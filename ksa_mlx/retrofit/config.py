@@ -55,6 +55,8 @@ def base_config(config: dict[str, Any], tied: bool) -> dict[str, Any]:
         "attention_output_bias": config.get("attention_output_bias", bias),
         "use_qk_norm": config.get("use_qk_norm", True),
         "tie_word_embeddings": tied if tie is None else tie,
+        "use_sliding_window": False,
+        "sliding_window": None,  # left out, it is on for a Mistral
         **{name: config[name] for name in (*_ROPE, *_COPIED) if config.get(name) is not None},
     }
     if not any("rope_theta" in (found.get(n) or {}) for n in ("rope_scaling", "rope_parameters")):
