@@ -62,7 +62,7 @@ def tokenizer() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator([README.read_text()], trainer)
+    made.train_from_iterator([README.read_text(), *["a\n\n"] * 99], trainer)
     return made
 
 

@@ -51,7 +51,7 @@ def choose_prefix(tokenizer: Any, chunk: int = 8) -> list[int]:
 
 def _candidates() -> Iterator[str]:
     for sentence in (*_SENTENCES, *(" ".join(_LONG[:n]) for n in range(1, len(_LONG) + 1))):
-        yield from (f"{sentence}:\n", f"{sentence}.\n", f"{sentence}:\n\n")
+        yield from (f"{sentence}{end}" for end in (":\n", ".\n", ":\n\n", "\n"))
 
 
 def survives(tokenizer: Any, ids: list[int]) -> bool:
