@@ -99,6 +99,22 @@ class Attention(nn.Module):
         keys, values = (self._heads(name, x).swapaxes(1, 2) for name in "kv")
         return self._rotate_text(keys, offset), values
 
+    def summary_queries(self, x: mx.array, positions: mx.array) -> mx.array:
+        """Queries (B, heads, rows, head_dim) of summary rows x (B, rows, hidden) at positions
+        (rows,)."""
+        return self.rotate_at(self._own("q", x), positions)
+
+    def summary_pair(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys and values of summary rows, likewise."""
+        return self.rotate_at(self._own("k", x), positions), self._own("v", x).swapaxes(1, 2)
+
+    def _own(self, name: str, x: mx.array) -> mx.array:
+        """Project summary rows to (B, rows, heads, head_dim), blended as in `_project`."""
+        if f"{name}_proj_summary" not in self:
+            return self._heads(name, x)
+        mix, own = self.args.mix_coeff, self._heads(name, x, "_summary")
+        return own if mix == 1 else mix * own + (1 - mix) * self._heads(name, x)
+
     def _rotate_text(self, x: mx.array, offset: Any) -> mx.array:
         """Rotate text heads (B, heads, L, head_dim) at positions offset, offset + 1, ..."""
         if self.args.summary_chunk_position_ids_type == "origin":
@@ -107,9 +123,9 @@ class Attention(nn.Module):
         positions = mx.broadcast_to(
             positions % self.args.summary_chunk_size, (x.shape[0], x.shape[2])
         )
-        return self._rotate_at(x.swapaxes(1, 2), positions)
+        return self.rotate_at(x.swapaxes(1, 2), positions)
 
-    def _rotate_at(self, x: mx.array, positions: mx.array) -> mx.array:
+    def rotate_at(self, x: mx.array, positions: mx.array) -> mx.array:
         """Rotate row r of (B, rows, heads, head_dim) at positions[..., r]; heads go before rows."""
         B, rows, heads, dim = x.shape
         positions = mx.broadcast_to(positions, (B, rows)).reshape(-1).astype(mx.int32)
@@ -131,7 +147,7 @@ class Attention(nn.Module):
         q, k = self._rotate_text(q, call.offset), self._rotate_text(k, call.offset)
         summaries = text = None
         if sk is not None and sv is not None:
-            summaries = self._rotate_at(sk, call.summary_positions), sv.swapaxes(1, 2)
+            summaries = self.rotate_at(sk, call.summary_positions), sv.swapaxes(1, 2)
 
         if self.window is None:
             if getattr(cache, "ragged", False):
@@ -147,7 +163,7 @@ class Attention(nn.Module):
             out, text = windowed_attention(q, k, v, summaries, cache, call, self.window)
         out = out.swapaxes(1, 2).reshape(B, L, -1)
         if sq is not None and summaries and text:
-            sq, (sk, sv), (tk, tv) = self._rotate_at(sq, call.summary_positions), summaries, text
+            sq, (sk, sv), (tk, tv) = self.rotate_at(sq, call.summary_positions), summaries, text
             rows = summary_attention(sq, sk, sv, tk, tv, call.chunks).swapaxes(1, 2)
             out = mx.concatenate([out, rows.reshape(B, call.rows, -1)], axis=1)
         return self.o_proj(out)
@@ -210,14 +226,19 @@ class KSAModel(Pipeline, nn.Module):
         call = Call(self.args, shape[1], cache[self.windowed or 0], summarises, self.training)
         if len(call.steps) > 1:
             h = h.reshape(1, call.length, -1)
-        if call.rows:
-            rows = mx.tile(self.summary_embedding, (call.chunks, 1)).astype(h.dtype)
-            h = mx.concatenate([h, mx.broadcast_to(rows, (h.shape[0], *rows.shape))], axis=1)
+        h = self.with_summaries(h, call)
         h = self.receive(h, call.length)
         for layer, c in zip(self.pipeline_layers, cache, strict=True):
             h = layer(h, call, mask, c)
         h = self.send(h, call.length, shape, cache)
         return self.norm(h)
+
+    def with_summaries(self, h: mx.array, call: Call) -> mx.array:
+        """Text rows (B, L, hidden), and behind them the first input of a call's summary rows."""
+        if not call.rows:
+            return h
+        rows = mx.tile(self.summary_embedding, (call.chunks, 1)).astype(h.dtype)
+        return mx.concatenate([h, mx.broadcast_to(rows, (h.shape[0], *rows.shape))], axis=1)
 
     def _check(self, cache: list[Any]):
         """Refuse caches that are not this model's, or of which some hold more text than others."""
