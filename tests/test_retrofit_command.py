@@ -14,10 +14,11 @@ import pytest
 import ksa_mlx
 from ksa_mlx.benchmark.results import Results
 from ksa_mlx.memory.room import gb
-from ksa_mlx.retrofit import evaluate, needs
+from ksa_mlx.retrofit import distill, evaluate, needs
 from ksa_mlx.retrofit.__main__ import main, verdict
 from ksa_mlx.retrofit.build import teacher
 from ksa_mlx.retrofit.stages import Settings
+from ksa_mlx.retrofit.trainable import is_summary, put, trainable
 from tests._bases import README, base_folder
 from tests._retrofit import ids, student
 from tests.test_distributed import ROOT
@@ -190,14 +191,29 @@ def test_a_run_that_recalls_nothing_is_no_success():
 # What it needs
 
 
-def test_needs_are_about_what_is_measured():
-    """The peak of a distillation step, and that computing layers again lowers both."""
-    from_need = [
-        needs.need(student(), Settings(length=432, batch_size=2, window=2), c)
-        for c in (False, True)
-    ]
-    assert from_need[1].distillation < from_need[0].distillation
-    assert gb(from_need[0].total) in str(from_need[0])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_needs_are_about_what_is_measured(checkpointed):
+    """The peak of a step of the distillation."""
+    settings = Settings(length=640, batch_size=2, window=2, lora_rank=0)
+    model = student(hidden_size=64, head_dim=16, intermediate_size=128, num_hidden_layers=4,
+                    summary_sliding_chunk_num=[2, 2000, 2, 2])  # fmt: skip
+    x = mx.array(np.random.default_rng(0).integers(0, 64, (2, 640)))
+    at = np.stack([np.arange(300, 620)] * 2)
+    wanted = distill.goal(teacher(model), x, at, np.ones(at.shape, np.float32), 32)
+    params = trainable(model, is_summary)
+
+    def loss(params):
+        put(model, params)
+        return distill.loss(model, wanted, checkpointed)[0]
+
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.grad(loss)(params))
+    peak = mx.get_peak_memory() - before
+    need = needs.need(model, settings, checkpointed)
+    assert 0.5 < need.distillation / peak < 2, (need.distillation, peak)
+    assert gb(need.total) in str(need)
 
 
 def test_work_grows_with_the_base():

@@ -8,17 +8,22 @@ import sys
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from ksa_mlx.errors import CheckpointError
 from ksa_mlx.retrofit import closed_form, distill, probe, regression
 from ksa_mlx.retrofit import state as states
-from ksa_mlx.retrofit.build import teacher
+from ksa_mlx.retrofit.base import open_base
+from ksa_mlx.retrofit.build import build, teacher
 from ksa_mlx.retrofit.features import collect, grouped, sampled
 from ksa_mlx.retrofit.stages import STAGES, Retrofit
+from ksa_mlx.retrofit.state import Place
 from ksa_mlx.retrofit.streams import attend_all, attend_near, sees_near, summary_stream, text_stream
 from ksa_mlx.retrofit.trainable import adapt, is_adapter, is_summary, trainable
+from tests._bases import base_folder
 from tests._retrofit import SETTINGS, Texts, ids, retrofit, student
 from tests.test_distributed import ROOT, launch
 
@@ -253,6 +258,30 @@ def test_a_stop_keeps_the_step(unbroken, tmp_path):
     assert (again.stage, again.step) == ("regression", 1)
     again.run()
     same(again, unbroken)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_packed_base_trains_at_low_rank(dtype, tmp_path):
+    """4 bits stay as they are; what trains is kept in float32, and computes in the base's dtype."""
+    folder = base_folder(tmp_path / "plain", "qwen3")
+    mlx_lm.convert(str(folder), str(tmp_path / "packed"), quantize=True, q_bits=4, dtype=dtype)
+    base = open_base(tmp_path / "packed")
+    before = {k: mx.array(v) for k, v in base.weights.items()}
+    model = build(base, [2, None, 2], own_rank=4)
+    place = Place(tmp_path / "run", {})
+    run = Retrofit(model, teacher(model), SETTINGS, Texts(), place)
+    run.run()
+    lines = place.lines()
+    held = [x["error"] for x in lines if x.get("what") == "held out"]
+    assert held[-1] < held[0] and np.isfinite([x.get("loss", 0) for x in lines]).all()
+    assert model(ids()).dtype == getattr(mx, dtype)
+    now = dict(tree_flatten(model.parameters()))
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.scales"):
+        assert mx.array_equal(now[name], before[name])
+    again = Retrofit(other := build(base, [2, None, 2], own_rank=4), teacher(other), SETTINGS,
+                     Texts(), place)  # fmt: skip
+    again.run()
+    assert mx.array_equal(other(ids()), model(ids()))
 
 
 def test_other_settings_do_not_go_on(tmp_path):

@@ -59,7 +59,8 @@ class Retrofit:
     the state is kept; group: machines that share the work; tick(stage, step, steps, said): called
     after each step; stop(): whether to keep the state and raise KeyboardInterrupt then.
 
-    `run()` goes through all stages, from where the place says. The result is in `student`, with
+    `run()` goes through all stages, from where the place says. Between stages what trains is in
+    float32, at the end in the base's dtype. The result is in `student`, with
     LoRA layers where `lora_rank` is not 0.
     """
 
@@ -103,6 +104,7 @@ class Retrofit:
             getattr(self, f"_{stage}")()
             self.arrays, self.stage, self.step = {}, STAGES[at + 1], 0
             self._save(lambda: _named(trainable(self.student, _all)), now=True)
+        put(self.student, trainable(self.student, _all), self.student.model.norm.weight.dtype)
 
     def _save(self, arrays: Callable[[], Params], now: bool = False):
         place = {"stage": self.stage, "step": self.step, "usual": self.usual}
@@ -170,6 +172,7 @@ class Retrofit:
             order = np.random.default_rng([settings.seed, number, at // POOL]).permutation(POOL)
             self._learn(trainer, loss, batches[order[at % POOL]], steps)
         self._judge(held, trainer.step)
+        put(self.student, trainer.params)
 
     def _judge(self, held: list[Features], step: int):
         """Log what the summaries leave of each layer's gap on held-out texts."""
@@ -217,6 +220,7 @@ class Retrofit:
             goal = distill.goal(self.teacher, ids, positions, weights, self.first)
             self._learn(trainer, loss, goal, steps)
         self.student.eval()
+        put(self.student, trainer.params)
 
     def _trainer(self, params: Params, rates: Rates) -> Trainer:
         trainer = Trainer(self.student, params, rates, self.group)
