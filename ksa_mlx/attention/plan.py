@@ -14,7 +14,7 @@ from . import metal
 # Query rows a block in prefill: bounds the workspace at block x keys.
 BLOCK = 256
 
-# Query rows from which on a backward computes its blocks again: that takes a quarter more time.
+# Query rows from which on a backward computes its blocks again, which takes longer.
 LONG = 1024
 
 # Chunks summarised at once in decode. More mean fewer, larger steps; all must be in the window.
