@@ -17,6 +17,7 @@ from mlx.utils import tree_reduce
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from . import __version__
+from .chat import smollm2
 from .chat.behind import answer_behind
 from .chat.conversation import check_utf8
 from .chat.documents import read_text as read_file
@@ -223,6 +224,8 @@ def run(args: argparse.Namespace) -> int:
     name, file = args.model, args.prompt_cache_file
     if name is None and file is not None:
         name = cache_owner(file)
+    if name == smollm2.NAME:
+        name = str(smollm2.smollm2(say if args.verbose else lambda line: None))
     chatting = prompt is None and file is None and not args.demo
     if chatting and sys.stdin is None:
         raise SessionError("standard input is closed: give --prompt or --demo")

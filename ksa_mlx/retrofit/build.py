@@ -50,10 +50,10 @@ def build(base: Base, windows: list[int | None], chunk: int = 8, own_rank: int =
                 continue
             if own_rank:
                 of_base = copy.copy(layer.self_attn[name])
-                linear = LoRALinear.from_base(of_base, r=own_rank, dropout=0.0, scale=1.0)
+                made = LoRALinear.from_base(of_base, r=own_rank, dropout=0.0, scale=1.0)
             else:
-                linear = _full(base, f"{prefix}.self_attn.{name}")
-            layer.self_attn[own] = linear
+                made = _full(base, f"{prefix}.self_attn.{name}")
+            layer.self_attn[own] = made
         if "input_layernorm_summary" in layer:
             norm = layer.input_layernorm.weight.astype(mx.float32)
             layer.input_layernorm_summary.weight = norm
@@ -65,13 +65,18 @@ def build(base: Base, windows: list[int | None], chunk: int = 8, own_rank: int =
 
 def _full(base: Base, path: str) -> nn.Linear:
     """A projection of the base as a layer of its own in float32."""
-    weight = plain_weight(base.config, base.weights, path, mx.float32)
     bias = base.weights.get(f"{path}.bias")
-    linear = nn.Linear(1, 1, bias=bias is not None)
-    linear.weight = weight
+    weight = plain_weight(base.config, base.weights, path, mx.float32)
+    return linear(weight, None if bias is None else bias.astype(mx.float32))
+
+
+def linear(weight: mx.array, bias: mx.array | None) -> nn.Linear:
+    """A layer of these arrays, (rows, columns) and (rows,)."""
+    made = nn.Linear(1, 1, bias=bias is not None)
+    made.weight = weight
     if bias is not None:
-        linear.bias = bias.astype(mx.float32)
-    return linear
+        made.bias = bias
+    return made
 
 
 def _pack(model: Model, base: Base):
