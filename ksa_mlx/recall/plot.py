@@ -8,7 +8,9 @@ from .summary import Figure
 from .table import ABOUT, span
 
 COLORS = ("#b23a48", "#0b6e4f", "#1f5fa8", "#c77d0a", "#6b4c9a", "#444444")
-STYLES = {"plain": "-", "summaries hidden": ":"}
+# Line and marker of a way.
+STYLES = {"plain": ("-", "o"), "KV 8 bits": ("--", "s"), "KV 4 bits": ("-.", "^"),
+          "summaries hidden": (":", "x")}  # fmt: skip
 ACROSS = 3  # panels in a row
 
 
@@ -18,8 +20,8 @@ def _styles(figures: list[Figure]) -> dict[tuple, dict[str, Any]]:
     return {
         (f["model"], f["way"]): {
             "color": COLORS[models.index(f["model"]) % len(COLORS)],
-            "linestyle": STYLES.get(f["way"], "-."),
-            "marker": "o" if f["way"] == "plain" else "x" if f["way"] in STYLES else "s",
+            "linestyle": STYLES[f["way"]][0],
+            "marker": STYLES[f["way"]][1],
             "label": f"{f['model']}, {f['way']}",
         }
         for f in figures
@@ -33,14 +35,14 @@ def _heat(axis, figures: list[Figure]):
     shares = np.full((len(depths), len(lengths)), np.nan)
     for f in figures:
         shares[depths.index(f["depth"]), lengths.index(f["length"])] = f["exact"]
-    image = axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     for (i, j), share in np.ndenumerate(shares):
-        axis.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
+        color = "black" if 0.15 < share < 0.85 else "white"  # on what is dark
+        axis.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=color)
     axis.set_xticks(range(len(lengths)), [span(n, None)[:-3] for n in lengths])
     axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
     axis.set_title(f"{figures[0]['model']}, {figures[0]['way']}", fontsize=9)
     axis.set(xlabel="tokens", ylabel="depth")
-    return image
 
 
 def _lines(axis, figures: list[Figure], styles, x: str, y: str, scale: float = 1):

@@ -8,8 +8,8 @@ from .summary import Figure
 
 ABOUT = {
     "needle": "needles: one fact of its kind, at several depths",
-    "digits": "several keys: numbers of names, all written alike",
-    "words": "several keys: words of names, all written alike",
+    "digits": "several keys, numbers: those of names, all written alike",
+    "words": "several keys, words: those of names, all written alike",
     "values": "several values: all numbers of a name, in order",
     "variables": "variable tracking: all that hold a value, in order",
     "common": "common words: the three commonest of a list, in order",
@@ -60,7 +60,7 @@ def show(found: dict[str, list[Figure]]):
         some = [f for f in found["recall"] if f["kind"] == kind]
         lengths, asked = sorted({f["length"] for f in some}), min(f["questions"] for f in some)
         rows = _rows(some, "length")
-        note = f"{kind}: {ABOUT[kind].partition(': ')[2]}.\n"
+        note = f"{ABOUT[kind]} (--kinds {kind}).\n"
         note += f"Exact answers by tokens of text, of {asked} or more, {SURE}."
         _grid(note, rows, lengths, tokens, _share)
         _grid("Loss of the answers, nats a token.", rows, lengths, tokens, _loss)
@@ -69,7 +69,8 @@ def show(found: dict[str, list[Figure]]):
         depths = sorted({f["depth"] for f in some})
         note = f"needle, {length:,} tokens. Exact answers by depth, 0 % the beginning of the text."
         _grid(note, _rows(some, "depth"), depths, lambda d: f"{d:.0%}", _share)
-    for file in dict.fromkeys(f["file"] for f in found["losses"]):
+    files = dict.fromkeys(f["file"] for f in found["losses"])
+    for file in [f for f in files if f != "all" or len(files) > 2]:  # all may be one
         some = [f for f in found["losses"] if f["file"] == file]
         starts = sorted({f["from"] for f in some})
         stops = dict(zip(starts, [*starts[1:], None], strict=True))
