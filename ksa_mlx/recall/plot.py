@@ -7,7 +7,7 @@ import numpy as np
 from .summary import Figure
 from .table import ABOUT, span
 
-COLORS = ("#b23a48", "#0b6e4f", "#1f5fa8", "#c77d0a", "#6b4c9a", "#444444")
+COLORS = ("#0b6e4f", "#b23a48", "#1f5fa8", "#c77d0a", "#6b4c9a", "#444444")
 # Line and marker of a way.
 STYLES = {"plain": ("-", "o"), "KV 8 bits": ("--", "s"), "KV 4 bits": ("-.", "^"),
           "summaries hidden": (":", "x")}  # fmt: skip
@@ -15,11 +15,12 @@ ACROSS = 3  # panels in a row
 
 
 def _styles(figures: list[Figure]) -> dict[tuple, dict[str, Any]]:
-    """A colour a model, a line a way."""
-    models = list(dict.fromkeys(f["model"] for f in figures))
+    """A line a way, and a colour a model, or a way where there is one model."""
+    coloured = "model" if len({f["model"] for f in figures}) > 1 else "way"
+    names = list(dict.fromkeys(f[coloured] for f in figures))
     return {
         (f["model"], f["way"]): {
-            "color": COLORS[models.index(f["model"]) % len(COLORS)],
+            "color": COLORS[names.index(f[coloured]) % len(COLORS)],
             "linestyle": STYLES[f["way"]][0],
             "marker": STYLES[f["way"]][1],
             "label": f"{f['model']}, {f['way']}",

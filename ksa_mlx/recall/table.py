@@ -33,10 +33,13 @@ def _loss(f: Figure) -> str:
     return f"{f['nll']:.3f} ({f['nll_low']:.2f}-{f['nll_high']:.2f})"
 
 
+WIDTHS = {_share: 14, _loss: 22}
+
+
 def _grid(note: str, rows: list[tuple[str, dict]], columns: Sequence, head, cell):
     """Print a table of figures by row and column; columns that find no place go below."""
     first = max(len(name) for name, _ in rows) + 2
-    width = 19
+    width = WIDTHS[cell]
     fit = max(1, (WIDTH - first) // width)
     for at in range(0, len(columns), fit):
         some = columns[at : at + fit]
