@@ -1,7 +1,7 @@
 """Pack a trained SmolLM2 for the repository, and measure what packing costs.
 
-    python -m tools.pack_smollm2 STUDENT TEXT... [--ranks 16 32 64] [--bits 4 8]
-    python -m tools.pack_smollm2 STUDENT --ranks 32 --bits 8 --out ksa_mlx/smollm2/summaries.safetensors
+    python -m tools.pack_smollm2 STUDENT TEXT... [--ranks 8 16 32] [--bits 4 5 6]
+    python -m tools.pack_smollm2 STUDENT --ranks 16 --bits 5 --out ksa_mlx/smollm2/summaries.safetensors
 
 STUDENT is the folder that a retrofit wrote, in float32; its base is the installed wheel's, or
 --base. For each rank and bits: megabytes, and the loss (nats a token) on the texts beyond token
@@ -46,8 +46,8 @@ def main():
     parser.add_argument("student", type=Path)
     parser.add_argument("texts", type=Path, nargs="*")
     parser.add_argument("--base", type=Path, help="a GGUF; the installed wheel's if left out")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64])
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 5, 6])
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--out", type=Path, help="keep the file; with one rank and bits")
     args = parser.parse_args()

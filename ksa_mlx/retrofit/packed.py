@@ -1,8 +1,9 @@
-"""What a retrofit trained, as a small file: changes of the base's layers, factorised and packed.
+"""What a retrofit trained, as a small file: changes of the base's layers, packed.
 
 Own projections are kept as what they differ from the base's projection of the same kind, and
-adapted ones as what they differ from the base's. A difference D (rows, columns) is b.T @ a, whose
-factors a (rank, columns) and b (rank, rows) are packed by MLX; the rest is float16.
+adapted ones as what they differ from the base's. A small difference (rows, columns) is kept as
+b.T @ a, its factors a (rank, columns) and b (rank, rows) in 8 bits; a large one, as own keys and
+values have it, is of full rank, and kept whole in fewer bits. The rest is float16.
 """
 
 import json
@@ -20,20 +21,23 @@ from ..weights import some
 from .base import Base, plain_weight
 from .build import build, linear
 
-GROUP = 32
+FACTORS = {"group_size": 32, "bits": 8}
+GROUP = 64  # of a whole difference
+# A difference of more than this share of the base's weight, by their norms, is a large one.
+LARGE = 0.3
 _ENDS = ("weight", "scales", "biases")
 # Singular values below this share of the first are noise of float32.
 _NOISE = 1e-3
 
 
-def pack(weights: dict[str, mx.array], base: Base, rank: int, bits: int = 8) -> dict[str, mx.array]:
+def pack(weights: dict[str, mx.array], base: Base, rank: int, bits: int) -> dict[str, mx.array]:
     """The arrays of a packed retrofit.
 
     Args:
         weights: of the student, as `write` names them, unpacked.
         base: which the student was made of.
-        rank: at most so many columns a factor.
-        bits: of a factor's numbers.
+        rank: at most so many rows a factor of a small difference.
+        bits: of a large difference's numbers.
 
     Raises `CheckpointError` for a weight that changed and cannot be told so.
     """
@@ -45,15 +49,22 @@ def pack(weights: dict[str, mx.array], base: Base, rank: int, bits: int = 8) -> 
             was = plain_weight(base.config, base.weights, before, mx.float32)
             if _same(w, was):
                 continue
-            for part, factor in _factors(w.astype(mx.float32) - was, rank).items():
-                arrays = mx.quantize(factor, group_size=GROUP, bits=bits)
-                named = zip(_ENDS, arrays, strict=True)
-                packed |= {f"{path}.{part}.{e}": _half(x) for e, x in named}
+            change = w.astype(mx.float32) - was
+            if mx.linalg.norm(change).item() > LARGE * mx.linalg.norm(was).item():
+                packed |= _packed(f"{path}.whole", change, {"group_size": GROUP, "bits": bits})
+                continue
+            for part, factor in _factors(change, rank).items():
+                packed |= _packed(f"{path}.{part}", factor, FACTORS)
         elif "summary" in name:
             packed[name] = _half(w)
         elif not _same(w, _of_base(base, name)):
             raise CheckpointError(f"{name}: found another one than the base's, which is not packed")
     return packed
+
+
+def _packed(name: str, w: mx.array, how: dict[str, int]) -> dict[str, mx.array]:
+    arrays = mx.quantize(w, **how)
+    return {f"{name}.{end}": _half(x) for end, x in zip(_ENDS, arrays, strict=True)}
 
 
 def _of_base(base: Base, name: str) -> mx.array:
@@ -91,15 +102,21 @@ def unpack(file: Path, base: Base) -> tuple[Model, dict[str, Any]]:
         packed, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
         said = json.loads(metadata["ksa"])
         student = build(base, said["windows"], said["chunk"])
-        how = {"group_size": said["group_size"], "bits": said["bits"]}
         changes: dict[str, mx.array] = {}
-        for name in [n for n in packed if n.endswith(".a.weight")]:
-            path = name.removesuffix(".a.weight")
-            a, b = (
-                mx.dequantize(*(packed.pop(f"{path}.{part}.{e}") for e in _ENDS), **how)
-                for part in ("a", "b")
-            )
-            changes[path] = b.astype(mx.float32).T @ a.astype(mx.float32)
+
+        def read(name: str, how: dict[str, int]) -> mx.array:
+            arrays = [packed.pop(f"{name}.{end}") for end in _ENDS]
+            scales = (x.astype(mx.float32) for x in arrays[1:])
+            return mx.dequantize(arrays[0], *scales, **how)
+
+        for name in list(packed):
+            path = name.removesuffix(".a.weight").removesuffix(".whole.weight")
+            if name.endswith(".a.weight"):
+                a, b = (read(f"{path}.{part}", FACTORS) for part in ("a", "b"))
+                changes[path] = b.T @ a
+            elif name.endswith(".whole.weight"):
+                how = {"group_size": GROUP, "bits": said["bits"]}
+                changes[path] = read(f"{path}.whole", how)
         for path, change in changes.items():
             w = _of_base(base, path.replace("_summary", "") + ".weight") + change
             layer, name = path.removeprefix("model.layers.").split(".self_attn.")
@@ -123,7 +140,7 @@ def save_packed(
 ):
     """Write a packed retrofit. `said`: at least `windows`, of each layer in chunks or None,
     `chunk`, and `prefix`, the ids of every text's beginning."""
-    said = {**said, "group_size": GROUP, "bits": bits}
+    said = {**said, "bits": bits}
     with replaced(file) as part:
         metadata = {"format": "mlx", "ksa": json.dumps(said)}
         mx.save_safetensors(str(part), pack(weights, base, rank, bits), metadata)
