@@ -61,7 +61,11 @@ def written(bases, tmp_path_factory):
     base, paths = bases["qwen3"], (folder / "mlx", folder / "hub")
     student, prefix = trained(base, lora=2), choose_prefix(base.tokenizer)
     lines = write(student, base, paths[0], prefix, paths[1])
-    assert lines == [f"Wrote {path}" for path in paths]
+    assert lines[:2] == [f"Wrote {path}" for path in paths]
+    assert lines[2:] == [
+        f"{paths[1]}: the official code runs it with its modeling_qwen3sa.py and "
+        "summary_context.py in it"
+    ]
     return student, prefix, *paths
 
 
@@ -85,7 +89,7 @@ def test_the_hub_folder_converts_to_the_mlx_folder(bases, tmp_path, kind):
     lines = write(
         student, base, tmp_path / "mlx", choose_prefix(base.tokenizer), tmp_path / "hub", "bfloat16"
     )
-    assert ("official code has no" in lines[-1]) == (kind != "qwen3")
+    assert ("official code has no model" in lines[-1]) == (kind != "qwen3")
     convert(str(tmp_path / "hub"), str(tmp_path / "converted"))
     a, b = (mx.load(str(tmp_path / n / "model.safetensors")) for n in ("mlx", "converted"))
     assert a.keys() == b.keys() and all(mx.array_equal(a[n], b[n]) for n in a)

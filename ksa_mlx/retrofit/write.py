@@ -24,8 +24,11 @@ from .prefix import choose_prefix, save, with_prefix
 
 __all__ = ["choose_prefix", "write"]
 
-# What the official code calls the models that it computes.
-_OFFICIAL = "qwen3"
+# Where transformers finds the official code, once its two files lie beside the weights.
+_CODE = {
+    "AutoModel": "modeling_qwen3sa.Qwen3Model",
+    "AutoModelForCausalLM": "modeling_qwen3sa.Qwen3ForCausalLM",
+}
 _SHARD = mlx_lm.utils.MAX_FILE_SIZE_GB << 30
 
 
@@ -84,9 +87,12 @@ def write(
                     shutil.copyfile(file, place / file.name)
             (place / "README.md").write_text(_readme(base, config, place == made[0]))
     lines = [f"Wrote {place}" for place in places]
-    if hf_path is not None and not student.args.use_qk_norm:
+    if hf_path is not None:
         lines.append(
-            f"{hf_path}: the official code has no KSA model without q/k norms; it is for convert.py"
+            f"{hf_path}: the official code runs it with its modeling_qwen3sa.py and "
+            "summary_context.py in it"
+            if student.args.use_qk_norm
+            else f"{hf_path}: for convert.py; the official code has no model without q/k norms"
         )
     return lines
 
@@ -116,6 +122,8 @@ def _write_hub(student: Model, base: Base, config: dict[str, Any], place: Path, 
     kind = base.config["model_type"]
     config = {**config, "model_type": kind}
     config["architectures"] = [f"{kind.capitalize()}ForCausalLM"]
+    if config["use_qk_norm"]:
+        config["auto_map"] = _CODE
     args = ModelArgs.from_dict(config)
     plan, dtype = hub_plan(args), getattr(mx, config["torch_dtype"])
     ours = {name: (w, whole) for name, w, whole in _parts(student)}
