@@ -1,6 +1,7 @@
 """What tests/test_retrofit_stages.py starts, once or twice: prints the losses of a run as JSON.
 
-Usage: _retrofit_worker.py FOLDER TEXTS_A_STEP [STEP_TO_DIE_AT]
+Usage: _retrofit_worker.py FOLDER TEXTS_A_STEP [STEP_TO_DIE_AT | stop]
+With "stop" the first machine is told to stop at its second step.
 """
 
 import json
@@ -27,7 +28,11 @@ def tick(stage, step, steps, said):
 
 
 settings = replace(SETTINGS, batch_size=int(batch))
-run = retrofit(Path(folder), settings, group if group.size() > 1 else None, tick=tick)
-run.run()
+stop = lambda: die == ["stop"] and group.rank() == 0 and len(losses) == 1
+run = retrofit(Path(folder), settings, group if group.size() > 1 else None, tick=tick, stop=stop)
+try:
+    run.run()
+except KeyboardInterrupt:
+    print(f"STOPPED {group.rank()} {run.stage} {run.step}", flush=True)
 if group.rank() == 0:
     print("LOSSES", json.dumps(losses), flush=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,10 @@ def test_what_it_found_is_kept(made):
         (["--learning-rate", "0"], "--learning-rate: found 0.0, expected more than 0"),
         (["--memory-limit", "1M"], "training needs"),
         (["--stage1-tokens", "9G"], "found"),
+        (["--length", "2048"], "--length: found 2048, expected at most 1200"),
+        (["--length", "440"], "too short for texts that ask for facts (digits: found a length of"),
+        (["--eval-data", "nowhere"], "nowhere: no such file or folder"),
+        (["--plot", "nowhere/x.png"], "--plot: nowhere/x.png: no folder"),
         (["--model", "nowhere"], "nowhere"),
         (["--data", "nowhere"], "nowhere"),
     ],
@@ -99,7 +104,39 @@ def test_refusals_are_one_line(more, why, base, data, tmp_path, capsys):
     assert run(*command(base, data, tmp_path / "x", *more)) == 1
     error = capsys.readouterr().err.strip().splitlines()
     assert len([line for line in error if line.startswith("error: ")]) == 1
-    assert why in error[-1] and not (tmp_path / "x").exists()
+    assert why in error[-1] and not list(tmp_path.iterdir())
+
+
+def test_texts_to_measure_with_are_checked_at_once(base, data, tmp_path, capsys):
+    held = tmp_path / "held"
+    (held / "a").mkdir(parents=True)
+    for name, text, why in (
+        ("code-1.txt", "", "code-1.txt: found 0 tokens, expected at least 312 to measure with"),
+        ("code-1.txt", "Some words. " * 9, "tokens, expected at least 312 to measure with"),
+        ("a/novel-1.txt", "Some words. " * 90, "a second text novel-1"),
+    ):
+        (held / "novel-1.txt").write_text("Other words. " * 400)
+        (held / name).write_text(text)
+        assert run(*command(base, data, tmp_path / "x", "--eval-data", held)) == 1
+        assert why in capsys.readouterr().err
+        (held / name).unlink()
+        assert not (tmp_path / "x.training").exists()
+
+
+@pytest.mark.parametrize(
+    "more, why",
+    [
+        (["--recall", "0.5"], "--recall: found 0.5, expected 0.2 as the run began"),
+        (["--full-layers", "auto:50%"], "--full-layers: found auto:50%, expected auto:25%"),
+        (["--window", "3"], "--window: found 3, expected 2 as the run began"),
+        (["--questions", "16"], "--questions: found 16, expected 8 as the run began"),
+    ],
+)
+def test_a_run_goes_on_as_it_began(more, why, made, base, data, tmp_path, capsys):
+    shutil.copytree(made.with_name("ksa.training"), tmp_path / "z.training")
+    assert run(*command(base, data, tmp_path / "z", "--resume", *more)) == 1
+    assert why in capsys.readouterr().err
+    assert not (tmp_path / "z").exists()
 
 
 def test_what_is_there_is_not_overwritten(made, base, data, tmp_path, capsys):
@@ -176,7 +213,11 @@ def test_shares_and_their_intervals():
     assert found["code"].low < found["code"].share < found["code"].high
     assert found["mean"].share == pytest.approx((0.5 + found["code"].share) / 2)
     assert evaluate.shares([{**r, "blocks": r["blocks"][:10]} for r in rows], (1024, 2048)) == {}
-    assert "tokens 1,024 to 2,048" in evaluate.table({"loss": rows})
+    # A text that ends within a distance counts as far as it goes, and none where it is not.
+    short = [{**r, "blocks": r["blocks"][:20]} if r["of"] == "code-1" else r for r in rows]
+    said = evaluate.table({"loss": short})
+    assert "tokens 1,024 to 2,048" in said and "tokens 2,048 to 4,096" in said
+    assert "nan" not in said and said.count("code") == 2 and said.count("novel") == 3
 
 
 def test_a_run_that_recalls_nothing_is_no_success():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from ksa_mlx.errors import CheckpointError
+from ksa_mlx.errors import CheckpointError, KSAError
 from ksa_mlx.retrofit import closed_form, distill, probe, regression
 from ksa_mlx.retrofit import state as states
 from ksa_mlx.retrofit.base import open_base
@@ -285,14 +285,51 @@ def test_a_packed_base_trains_at_low_rank(dtype, tmp_path):
 
 
 def test_other_settings_do_not_go_on(tmp_path):
-    place = states.Place(tmp_path, {"seed": 0, "window": 16})
+    place = states.Place(tmp_path, {"--seed": 0, "--window": 16})
     place.save(lambda: {"a": mx.array([1.0])}, {"stage": "start"}, now=True)
     assert place.found()[1] == {"stage": "start"}
     with pytest.raises(CheckpointError, match=r"--window: found 8, expected 16 as the run began"):
-        states.Place(tmp_path, {"seed": 0, "window": 8}).found()
+        states.Place(tmp_path, {"--seed": 0, "--window": 8}).found()
     (tmp_path / states.FILE).write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="not a state of a retrofit"):
         place.found()
+
+
+def test_small_and_dead_layers_train(tmp_path):
+    """Two layers, of which one has attention that gives nothing, and one head asks nothing."""
+    model = student(num_hidden_layers=2, summary_sliding_chunk_num=[2, 2])
+    first, second = (layer.self_attn for layer in model.model.layers)
+    first.v_proj.weight *= 0
+    first.v_proj_summary.weight *= 0
+    second.q_proj.weight *= 0
+    run = Retrofit(model, teacher(model), SETTINGS, Texts(), Place(tmp_path, {}))
+    run.run()
+    lines = run.place.lines()
+    assert np.isfinite([x["loss"] for x in lines if "loss" in x]).all()
+    assert all(mx.isfinite(x).all() for x in results(run).values())
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "loss", lambda *_: (mx.array(float("nan")), {}))
+    run = retrofit(tmp_path)
+    with pytest.raises(KSAError, match="distillation, step 1: found a loss of nan"):
+        run.run()
+    arrays, place = run.place.found()
+    assert place["step"] == 0 and all(mx.isfinite(x).all() for x in arrays.values())
+
+
+def test_a_student_of_other_windows_is_refused(tmp_path):
+    with pytest.raises(KSAError, match="expected 3 or None, 3 once"):
+        retrofit(tmp_path, replace(SETTINGS, window=3))
+
+
+@pytest.mark.slow
+def test_machines_stop_at_the_same_step(tmp_path):
+    """Ctrl-C that only the first hears."""
+    worker = ROOT / "tests" / "_retrofit_worker.py"
+    pair = launch(sys.executable, worker, tmp_path, "1", "stop")
+    out, _ = pair.communicate(timeout=200)
+    assert sorted(re.findall(r"STOPPED (.*)", out)) == ["0 regression 2", "1 regression 2"]
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import json
 import sys
 from argparse import Namespace
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..benchmark.results import Results
-from ..errors import KSAError, one_line
+from ..errors import DataError, KSAError, one_line
 from ..memory.room import device_limit
 from . import evaluate, options, probe
 from .base import Base, open_base
@@ -24,9 +24,9 @@ from .documents import encoded, files_of, read
 from .needs import fitting, work
 from .plot import plot
 from .progress import Bars, interruptible, say
-from .stages import Retrofit, Settings
+from .stages import BEGINNING, Retrofit, Settings
 from .state import Place
-from .texts import recall_maker
+from .texts import check_room, recall_maker
 from .write import choose_prefix, write
 
 # Texts that the probe reads, of each kind; held-out texts that are evaluated without --eval-data.
@@ -81,10 +81,17 @@ def texts_of(o: Namespace, base: Base, data: Data, prefix: list[int]) -> evaluat
     """What is evaluated: held out, and long enough."""
     longest = min(evaluate.BUCKETS[-1][1], base.config["max_position_embeddings"])
     if o.eval_data:
-        files = files_of(Path(o.eval_data).expanduser())[0]
-        docs = {f.stem: encoded(read([f]), base.tokenizer, prefix) for f in files}
-        room = longest - len(prefix)
-        texts = {n: [*prefix, *np.concatenate(d)[:room].tolist()] for n, d in docs.items() if d}
+        texts = {}
+        for f in files_of(Path(o.eval_data).expanduser())[0]:
+            if f.stem in texts:
+                raise DataError(f"{f}: a second text {f.stem}, expected names that differ")
+            ids = [i for part in encoded(read([f]), base.tokenizer, prefix) for i in part.tolist()]
+            texts[f.stem] = [*prefix, *ids][:longest]
+            if len(texts[f.stem]) < evaluate.LEAST:
+                raise DataError(
+                    f"{f}: found {len(ids)} tokens, expected at least "
+                    f"{evaluate.LEAST - len(prefix)} to measure with"
+                )
     else:
         count = min(HELD_OUT, data.held_out_count)
         texts = {f"text-{i}": data.held_out(i).ids.tolist() for i in range(count)}
@@ -104,6 +111,10 @@ def run(o: Namespace):
     on_cpu = mx.default_device() == mx.cpu
     base = open_base(o.model, o.revision, dtype=mx.float32 if on_cpu else None)
     prefix = choose_prefix(base.tokenizer)
+    if o.length > (context := base.config["max_position_embeddings"]):
+        raise KSAError(
+            f"--length: found {o.length}, expected at most {context}, all that {o.model} can read"
+        )
     settings = settings_of(o, base)
     maker = recall_maker(base.tokenizer, prefix, o.seed)
     least = (o.stage1_tokens + o.stage2_tokens) // 20
@@ -113,21 +124,31 @@ def run(o: Namespace):
     )  # fmt: skip
     begin = base.tokenizer.decode(prefix)
     say(f"{data.tokens:,} tokens of text, {data.held_out_tokens:,} held out; all begin {begin!r}")
-    folder.mkdir(parents=True, exist_ok=True)
+    if o.recall:
+        check_room(maker, o.length, data.held_out(0).ids)
+    texts = texts_of(o, base, data, prefix)
+    limit = (o.memory_limit, "--memory-limit") if o.memory_limit else device_limit()
+    limits = (*limit, group.size())
+    layers = base.config["num_hidden_layers"]
+    full = options.full_layers(o.full_layers, layers)
+    count = full if isinstance(full, int) else len(full)
+    about = build(base, [None] * count + [o.window] * (layers - count), own_rank=settings.own_rank)
+    fitting(about, settings, *limits)
+    kept = options.kept(o) | {"tokens of --data": data.tokens, "machines": group.size()}
+    place = Place(folder, kept, writes=group.rank() == 0)
+    if place.found() is None:
+        place.save(dict, BEGINNING, now=True)
     found = folder / "found.json"
     results = Results(str(found) if group.rank() == 0 else None)
     if found.is_file():
         results.found = json.loads(found.read_text(encoding="utf-8"))
     windows = windows_of(o, base, data, results)
     student = build(base, windows, own_rank=settings.own_rank)
-    limit = (o.memory_limit, "--memory-limit") if o.memory_limit else device_limit()
-    need, checkpointed = fitting(student, settings, *limit)
+    need, checkpointed = fitting(student, settings, *limits)
     settings = replace(settings, checkpointed=checkpointed)
     each = [f"{x / 1e9:.2f}" for x in work(student.args, settings)]
     say(f"Needs {need}" + (", layers computed again in the backward" if checkpointed else ""))
     say(f"Arithmetic a token: stage 1 {each[0]} GFLOP, stage 2 {each[1]} GFLOP")
-    kept = asdict(settings) | {"model": o.model, "data": str(o.data), "windows": windows}
-    place = Place(folder, kept, writes=group.rank() == 0)
     bars = Bars()
     with interruptible() as pressed:
         work_on = Retrofit(
@@ -138,14 +159,15 @@ def run(o: Namespace):
             work_on.run()
         finally:
             bars.close()
+        if pressed:
+            raise KeyboardInterrupt
     if group.rank():
         return
-    _finish(o, base, data, prefix, work_on, results, place, destination)
+    _finish(o, base, prefix, texts, work_on, results, place, destination)
 
 
-def _finish(o, base, data, prefix, done: Retrofit, results, place: Place, destination: Path):
+def _finish(o, base, prefix, texts, done: Retrofit, results, place: Place, destination: Path):
     """Evaluate and write."""
-    texts = texts_of(o, base, data, prefix)
     total = len(evaluate.READERS) * (len(texts.texts) + len(texts.recall))
     for _ in tqdm(
         evaluate.measure(done.teacher, done.student, texts, results), "evaluation", total
@@ -165,7 +187,9 @@ def verdict(found: dict[str, Any]) -> str:
     """Whether the summaries recall: the student against the base that forgets."""
     exact = {(r["reader"], r["of"]): np.mean(r["exact"]) for r in found.get("recall", [])}
     better = [exact["student", n] - exact["near", n] for who, n in exact if who == "teacher"]
-    if better and np.mean(better) < 0.05:
+    if not better:
+        return "Recall was not measured"
+    if np.mean(better) < 0.05:
         return (
             "The summaries recall no more than the window does: not a success. More layers that "
             "stay full, or more training, is what helps"

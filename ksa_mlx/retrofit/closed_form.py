@@ -163,7 +163,8 @@ def _before_norm(attn, keys: Array, x: Array) -> Array:
     if "k_norm" not in attn:
         return keys.reshape(len(keys), -1)
     size = np.sqrt((_projected(attn, "k", x) ** 2).mean())
-    keys = keys / _numpy(attn.k_norm.weight)
+    weight = _numpy(attn.k_norm.weight)
+    keys = keys / np.where(weight == 0, np.inf, weight)  # what the norm drops is free
     keys = keys * size / np.sqrt((keys**2).mean(axis=-1, keepdims=True))
     return keys.reshape(len(keys), -1)
 
@@ -188,4 +189,6 @@ def _add(attn, name: str, change: Array):
 def _solve(normal: Array, right: Array, ridge: float) -> Array:
     """Regularised least squares: (normal + ridge * mean diagonal) x = right."""
     n = len(normal)
-    return np.linalg.solve(normal + ridge * np.trace(normal) / n * np.eye(n), right)
+    # Of a head whose queries are all zero nothing is asked.
+    strength = max(ridge * np.trace(normal) / n, np.finfo(np.float32).tiny)
+    return np.linalg.solve(normal + strength * np.eye(n), right)

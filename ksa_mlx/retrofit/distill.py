@@ -76,5 +76,6 @@ def loss(model, wanted: Goal, checkpointed: bool = False) -> tuple[mx.array, dic
         (states[i][:, wanted.first :] - x).square().sum(-1) / x.square().sum(-1)
         for i, x in wanted.states.items()
     ]
-    hidden = mx.stack([e.mean() for e in errors]).mean()
+    # A base of one or two layers has none.
+    hidden = mx.stack([e.mean() for e in errors]).mean() if errors else mx.array(0.0)
     return kl + hidden, {"kl": kl, "hidden": hidden}

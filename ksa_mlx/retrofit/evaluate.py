@@ -21,6 +21,8 @@ Forward = Callable[[mx.array], mx.array]
 ROWS, BLOCK = 512, 64
 # Tokens from one distance to the next.
 BUCKETS = ((256, 1024), (1024, 2048), (2048, 4096))
+# Tokens of a text that says anything: a block behind the first distance.
+LEAST = BUCKETS[0][0] + BLOCK
 # Who reads: the base; the base that forgets (window and sink); the KSA model; and the KSA model
 # whose summaries are hidden, which says what its adapters alone are worth.
 READERS = ("teacher", "near", "student", "hidden")
@@ -122,10 +124,11 @@ def shares(
     rows: Sequence[dict[str, Any]], bucket: tuple[int, int], reader: str = "student", seed: int = 0
 ) -> dict[str, Share]:
     """By kind of text, and of the mean over kinds ("mean"): the share of the gap that `reader`
-    closes. The intervals are a block bootstrap's. rows: the results' "loss"."""
+    closes, in texts that reach so far. The intervals are a block bootstrap's. rows: the results'
+    "loss"."""
     a, b = (n // BLOCK for n in bucket)
     found = {(r["reader"], r["of"]): np.array(r["blocks"][a:b]) for r in rows}
-    names = [t for who, t in found if who == "teacher" and len(found[who, t]) == b - a]
+    names = [t for who, t in found if who == "teacher" and len(found[who, t])]
     kinds = {
         kind: [
             np.concatenate([found[who, t] for t in names if kind_of(t) == kind])
@@ -159,7 +162,9 @@ def table(found: dict[str, Any]) -> str:
             continue
         a, b = (n // BLOCK for n in bucket)
         nats = {
-            who: np.mean([np.mean(r["blocks"][a:b]) for r in rows if r["reader"] == who])
+            who: np.mean(
+                [np.mean(x) for r in rows if r["reader"] == who and (x := r["blocks"][a:b])]
+            )
             for who in dict.fromkeys(r["reader"] for r in rows)
         }
         said = ", ".join(f"{who} {x:.3f}" for who, x in nats.items())

@@ -60,8 +60,8 @@ class Shape:
         return 2 * a.num_attention_heads * n * seen
 
 
-def need(student, settings: Settings, checkpointed: bool) -> Need:
-    """Of a student before training, without LoRA."""
+def need(student, settings: Settings, checkpointed: bool, machines: int = 1) -> Need:
+    """Of a student before training, without LoRA, on each machine."""
     args, n, B = student.args, settings.length, settings.batch_size
     weights = sum(x.nbytes for x in arrays(student.parameters()))
     norm = student.model.norm.weight.dtype
@@ -80,7 +80,8 @@ def need(student, settings: Settings, checkpointed: bool) -> Need:
     windowed = [w for w in args.windows if w is not None]
     kv = 2 * args.num_key_value_heads * args.head_dim
     lesson = 4 * QUERIES * args.num_attention_heads * args.head_dim + QUERIES * args.hidden_size * 2
-    pool = POOL * B * (n * kv * layers + lesson * len(windowed)) * shape.size
+    # Before training each machine holds the texts of all.
+    pool = machines * POOL * B * (n * kv * layers + lesson * len(windowed)) * shape.size
     # Summaries go through all layers; sampled queries through the windowed ones.
     scores = 4 * QUERIES * chunks * args.num_attention_heads
     queries = 3 * QUERIES * args.num_attention_heads * args.head_dim
@@ -99,11 +100,13 @@ def need(student, settings: Settings, checkpointed: bool) -> Need:
     return Need(weights, TRAINED * (own + lora), pool, regression, held + vocabulary + states)
 
 
-def fitting(student, settings: Settings, limit: int, source: str) -> tuple[Need, bool]:
+def fitting(
+    student, settings: Settings, limit: int, source: str, machines: int = 1
+) -> tuple[Need, bool]:
     """What a run needs, and whether layers must be computed again in the backward. Raises
     `MemoryLimitError` if it does not fit either way."""
     for checkpointed in (settings.checkpointed, True):
-        found = need(student, settings, checkpointed)
+        found = need(student, settings, checkpointed, machines)
         if found.total <= limit:
             return found, checkpointed
     ways = "a shorter --length, --batch-size 1, --lora-rank 4, or a base in 4 bits with --own-rank"

@@ -2,7 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from ..benchmark import plot
+from ..benchmark.results import check_file
 from ..errors import KSAError
 from ..memory.room import parse_size
 from .stages import CHUNK, QUERIES, Settings
@@ -95,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         "--questions",
         type=int,
         default=200,
-        help="recall questions a length in the evaluation (%(default)s)",
+        help="recall questions a length in the evaluation, whole texts of 8 (%(default)s)",
     )
     p.add_argument(
         "--grad-checkpoint",
@@ -149,6 +152,24 @@ def check(o: argparse.Namespace):
         if path is not None and (not path or Path(path).expanduser().exists()):
             flag = name.replace("_", "-")
             raise KSAError(f"--{flag}: {path or repr(path)}: exists already; name a new folder")
+    if o.hf_path and Path(o.hf_path).expanduser() == Path(o.mlx_path).expanduser():
+        raise KSAError(f"--hf-path: {o.hf_path}: the same folder as --mlx-path; name another")
+    if o.plot is not None:
+        plot.check(o.plot)
+        check_file("--plot", o.plot)
+
+
+# What a run that goes on must say as it began.
+KEPT = (
+    *("model", "revision", "data", "eval_data", "window", "full_layers", "length", "batch_size"),
+    *("stage1_tokens", "stage2_tokens", "lora_rank", "own_rank", "learning_rate"),
+    *("stage2_learning_rate", "lora_learning_rate", "recall", "questions", "seed"),
+)
+
+
+def kept(o: argparse.Namespace) -> dict[str, Any]:
+    """The values of KEPT, by flag."""
+    return {f"--{name.replace('_', '-')}": getattr(o, name) for name in KEPT}
 
 
 def full_layers(text: str, layers: int) -> int | list[int]:

@@ -9,6 +9,9 @@ import mlx.core as mx
 from .features import Features, Lesson, grouped, weighed
 from .streams import Pair, merged, summary_stream
 
+# Gaps that are none.
+TINY = 1e-30
+
 
 def with_summaries(lesson: Lesson, summaries: Pair, visible: mx.array) -> mx.array:
     """A layer's attention at the sampled positions when it also reads summaries.
@@ -40,5 +43,9 @@ def errors(model, features: Features) -> dict[int, tuple[mx.array, mx.array]]:
 def relative(found: dict[int, tuple[mx.array, mx.array]], usual: dict[int, float]) -> mx.array:
     """The loss (B,): the mean over layers of the error, relative to half the text's own gap and
     half the usual one, so that texts with little to learn weigh little."""
-    each = [error / (0.5 * gap + 0.5 * (usual.get(i) or gap)) for i, (error, gap) in found.items()]
+    each = []
+    for i, (error, gap) in found.items():
+        whole = 0.5 * gap + 0.5 * (usual.get(i) or gap)
+        # A layer whose attention gives nothing has no gap, and nothing to learn.
+        each.append(mx.where(whole > TINY, error / mx.maximum(whole, TINY), 0.0))
     return mx.stack(each).mean(axis=0)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from ..errors import KSAError
 from . import closed_form, distill, regression
 from .data import Text, indices
 from .features import Features, collect, sampled
@@ -25,6 +26,8 @@ POOL, VISITS = 8, 3
 # Held-out texts that the regression is judged by.
 HELD = 4
 STAGES = ("start", "regression", "sink", "distillation", "done")
+# Where a run begins.
+BEGINNING: dict[str, Any] = {"stage": STAGES[0], "step": 0, "usual": {}}
 
 
 class Texts(Protocol):
@@ -61,7 +64,8 @@ class Retrofit:
 
     `run()` goes through all stages, from where the place says. Between stages what trains is in
     float32, at the end in the base's dtype. The result is in `student`, with
-    LoRA layers where `lora_rank` is not 0.
+    LoRA layers where `lora_rank` is not 0. Raises `KSAError` for a student without the settings'
+    window, machines that stand at different steps, and a loss that is no number.
     """
 
     def __init__(
@@ -78,11 +82,28 @@ class Retrofit:
         self.windows = self.args.windows
         # Before it no summary is read: the first chunk's comes with the sink.
         self.first = (settings.window + 2) * self.args.summary_chunk_size
-        found = place.found()
-        self.arrays, at = found if found else ({}, {"stage": STAGES[0], "step": 0, "usual": {}})
+        self.arrays, at = place.found() or ({}, BEGINNING)
         self.stage, self.step = at["stage"], at["step"]
+        self._check()
         # What a windowed layer lacks without summaries, in the mean over texts.
         self.usual = {int(i): x for i, x in at["usual"].items()}
+
+    def _check(self):
+        windows, own = set(self.windows), self.settings.window
+        if windows - {None} != {own}:
+            raise KSAError(f"windows: found {self.windows}, expected {own} or None, {own} once")
+        here = [STAGES.index(self.stage), self.step]
+        if (self._sum(here) != self.world * np.array(here)).any():
+            raise KSAError(
+                f"{self.place.folder}: the machines stand at different steps; copy this folder "
+                "from the first machine to all others"
+            )
+
+    def _sum(self, numbers: list[int]) -> np.ndarray:
+        """Over all machines."""
+        if self.world == 1:
+            return np.array(numbers)
+        return np.array(mx.distributed.all_sum(mx.array(numbers), group=self.group))
 
     def steps(self, tokens: int) -> int:
         """Steps that a stage of so many tokens takes."""
@@ -182,7 +203,7 @@ class Retrofit:
                 some = sums.setdefault(i, [0.0, 0.0])
                 some[0] += error.sum().item()
                 some[1] += gap.sum().item()
-        layers = {i: error / gap for i, (error, gap) in sums.items()}
+        layers = {i: error / gap for i, (error, gap) in sums.items() if gap > regression.TINY}
         mean = float(np.mean(list(layers.values())))
         self.place.log(what="held out", stage=self.stage, step=step, error=mean, layers=layers)
         self.tick(self.stage, step, None, {"held out": mean})
@@ -233,8 +254,14 @@ class Retrofit:
         said = trainer.learn(loss, batch)
         self.step = trainer.step
         seconds = time.monotonic() - begun
+        if not np.isfinite(list(said.values())).all():
+            raise KSAError(
+                f"{self.stage}, step {self.step}: found a loss of {said['loss']}, norm of the "
+                f"gradient {said['norm']}; a lower learning rate may help"
+            )
         self.place.log(stage=self.stage, step=trainer.step, seconds=round(seconds, 2), **said)
-        stop = self.stop()
+        # All machines or none, as each waits for the others.
+        stop = bool(self._sum([int(self.stop())])[0])
         self._save(trainer.state, now=stop)
         self.tick(self.stage, trainer.step, steps, said)
         if stop:

@@ -20,7 +20,8 @@ SECONDS = 60
 class Place:
     """A folder with one state (arrays, and a JSON object that says what they are) and a log.
 
-    settings: of the run; a state of other settings is refused. Only the first machine writes.
+    settings: of the run, by the names of their flags; a state of other settings is refused. Only
+    the first machine writes.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], writes: bool = True):
@@ -36,16 +37,16 @@ class Place:
         try:
             arrays, metadata = mx.load(str(file), return_metadata=True)
             said = json.loads(metadata["ksa"])
-        except (RuntimeError, ValueError, KeyError) as e:
+            before, place = said["settings"], said["place"]
+        except (RuntimeError, ValueError, KeyError, TypeError) as e:
             raise CheckpointError(f"{file}: not a state of a retrofit ({one_line(e)})") from None
-        for name, value in self.settings.items():
-            if said["settings"].get(name) != value:
-                found = said["settings"].get(name)
+        for name in self.settings.keys() & before:
+            if before[name] != self.settings[name]:
                 raise CheckpointError(
-                    f"{file}: --{name.replace('_', '-')}: found {value}, expected {found} as the "
+                    f"{file}: {name}: found {self.settings[name]}, expected {before[name]} as the "
                     "run began; another --mlx-path begins another run"
                 )
-        return arrays, said["place"]
+        return arrays, place
 
     def save(self, arrays: Callable[[], Params], place: dict[str, Any], now: bool = False):
         """Keep a state, unless the last is younger than a minute."""
