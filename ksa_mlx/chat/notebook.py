@@ -30,7 +30,7 @@ def welcome(session: Session) -> str:
     asks = "\n".join(f"  {question}" for question, _ in QUESTIONS)
     return (
         f"A notebook of {lines} notes is loaded ({part}{total:,} tokens). Ask about one:\n{asks}\n"
-        "The model is tiny: to anything but short questions about notes it says nonsense."
+        "Or tell it one: it knows its notes and nothing else, and says what is not in them."
     )
 
 
