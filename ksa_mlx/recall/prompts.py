@@ -1,6 +1,7 @@
 """Texts with questions as token ids: as text that goes on, or as a turn of a chat."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ..errors import KSAError
@@ -40,21 +41,40 @@ class Prompts:
         if chat is not None and not getattr(tokenizer, "chat_template", None):
             raise KSAError("--chat: the model's tokenizer has no chat template")
         self.tokenizer, self.chat = tokenizer, chat
+        # The same pieces are counted again for each try at a text's length.
+        self.count = lru_cache(1 << 14)(self._count)
         given = [] if chat else beginning_of(tokenizer)
         self.beginning = given if beginning is None else list(beginning)
 
     def encode(self, text: str) -> list[int]:
         return [*self.beginning, *self.tokenizer.encode(text, add_special_tokens=False)]
 
-    def count(self, text: str) -> int:
+    def _count(self, text: str) -> int:
         """Tokens of a piece of text."""
         return len(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def length(self, body: str, asked: Sequence[Asked]) -> int:
+        """How many ids `of` has, for less."""
+        return len(self.encode(self._write(body, asked)[-1]))
 
     def of(self, body: str, asked: Sequence[Asked]) -> Prompt:
         """Text, questions and answers.
 
         Several questions at once are asked one after the other, as text that goes on.
         """
+        upto = self._write(body, asked)
+        text = upto[-1]
+        ids = self.encode(text)
+        edges = [_shared(self.encode(part), ids) for part in upto[:-1]] + [len(ids)]
+        spans = []
+        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+            while start + 1 < stop and not self.tokenizer.decode([ids[start]]).strip():
+                start += 1  # where a blank is a token of its own
+            spans.append((start, stop))
+        return Prompt(text, ids, spans)
+
+    def _write(self, body: str, asked: Sequence[Asked]) -> list[str]:
+        """The text up to where each answer begins, and up to where it ends."""
         text, upto = "", []
         for one in asked:
             before = f"{text}\n" if text else body
@@ -62,14 +82,7 @@ class Prompts:
             upto.append(text)
             text += ("" if text[-1:].isspace() else " ") + one.answer
             upto.append(text)
-        ids = self.encode(text)
-        edges = [_shared(self.encode(part), ids) for part in upto]
-        spans = []
-        for start, stop in zip(edges[::2], edges[1::2], strict=True):
-            while start + 1 < stop and not self.tokenizer.decode([ids[start]]).strip():
-                start += 1  # where a blank is a token of its own
-            spans.append((start, stop))
-        return Prompt(text, ids, spans)
+        return upto
 
     def _turn(self, body: str, asked: Asked) -> str:
         """A chat up to where the answer begins."""

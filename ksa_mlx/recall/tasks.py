@@ -121,10 +121,10 @@ class Texts:
         # A tokenizer may make more or fewer tokens of the whole than of its pieces.
         for i in count():
             plan, body, filled = self._body(number, room)
-            made = [self.prompts.of(body, some) for some in self._at_once(plan)]
-            left = self.length - max(len(one.ids) for one in made)
+            lengths = [self.prompts.length(body, some) for some in self._at_once(plan)]
+            left = self.length - max(lengths)
             if left >= 0 and (best is None or left < best[0]):
-                best = left, plan, made
+                best = left, plan, body
             if best is not None and (best[0] <= SLACK or not filled or i >= ROUNDS):
                 break
             if not filled:
@@ -134,7 +134,9 @@ class Texts:
                 )
             room += left
         assert best is not None
-        return self._questions(number, *best[1:])
+        _, plan, body = best
+        made = [self.prompts.of(body, some) for some in self._at_once(plan)]
+        return self._questions(number, plan, made)
 
     def _body(self, number: int, room: int) -> tuple[Plan, str, bool]:
         """A text of about `room` tokens, and whether it could be shorter."""

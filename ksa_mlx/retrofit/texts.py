@@ -24,7 +24,7 @@ def recall_maker(tokenizer: Any, prefix: Sequence[int], seed: int) -> RecallMake
         kind = KINDS[number % len(KINDS)]
         asked = FACTS if kind in ("digits", "words") else 4
         found = questions(
-            kind, length, asked, seed + number, tokenizer, "train",
+            kind, length, 1, seed + number, tokenizer, "train",
             filler=filler.tolist(), asked=asked, beginning=list(prefix),
         )[0]  # fmt: skip
         places = [p for start, stop in found.answers for p in range(start, stop)]
