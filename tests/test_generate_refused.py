@@ -117,10 +117,10 @@ def test_ids_outside_the_text_vocabulary(capsys, folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     config = json.loads((other / "tokenizer_config.json").read_text())
-    config["added_tokens_decoder"]["1536"] = {
+    config["added_tokens_decoder"]["1280"] = {
         **config["added_tokens_decoder"]["6"],
         "content": "<|summary|>",
     }
     (other / "tokenizer_config.json").write_text(json.dumps(config))
     argv = ["--model", str(other), "--prompt", "a <|summary|> b"]
-    refused(capsys, argv, "token 1536", "<|summary|>", "0 to 1535")
+    refused(capsys, argv, "token 1280", "<|summary|>", "0 to 1279")

@@ -183,7 +183,7 @@ def folder(notebook_models, tmp_path_factory):
     config = json.loads((ksa / "config.json").read_text())
     names = qwen3.ModelArgs.__dataclass_fields__
     config = {k: v for k, v in config.items() if k in names}
-    config.update(model_type="qwen3", vocab_size=1536, max_position_embeddings=2048)
+    config.update(model_type="qwen3", vocab_size=1280, max_position_embeddings=2048)
     model = qwen3.Model(qwen3.ModelArgs(**config))
     shutil.copytree(ksa, plain, ignore=shutil.ignore_patterns("*.safetensors", "*.py", "*.json"))
     shutil.copy(ksa / "tokenizer_config.json", plain)

@@ -23,7 +23,7 @@ RIGHT = {"messages": [{"role": "user", "content": NOTES[0] + " What is it?"}], "
 
 ODD = [None, True, False, 0, 1, -1, 2, 3.5, -0.0, 1e300, -1e300, 2**31, 2**63, 2**64, 10**30]
 ODD += ["", "a", "5", "\x00", "\ud800", "é👍🏽", "a" * 3000, [], {}, [None], [[]], [{}], {"": None}]
-ODD += [["a", "b"], [5, 6], [5, "a"], [1535], [1536], [-1], {"5": 1}, {"1536": 1}, {"type": "text"}]
+ODD += [["a", "b"], [5, 6], [5, "a"], [1279], [1280], [-1], {"5": 1}, {"1280": 1}, {"type": "text"}]
 
 FIELDS = """model stream stream_options max_tokens max_completion_tokens temperature top_p top_k
 min_p num_draft_tokens repetition_penalty repetition_context_size presence_penalty
@@ -40,7 +40,7 @@ def sensible(pick: random.Random, field: str):
         "temperature": lambda: pick.choice([0, 0.7, 1, 2]),
         # Few values: MLX compiles the sampling for each anew.
         "top_p": lambda: pick.choice([0, 0.5, 0.9]),
-        "top_k": lambda: pick.choice([0, 1, 40, 1535, 1536]),
+        "top_k": lambda: pick.choice([0, 1, 40, 1279, 1280]),
         "min_p": lambda: pick.choice([0, 0.1]),
         "repetition_penalty": lambda: 1 + pick.random(),
         "presence_penalty": lambda: pick.uniform(-2, 2),
