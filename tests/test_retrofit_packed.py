@@ -33,7 +33,7 @@ def said(base):
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2"])
 def test_packed_and_unpacked(tmp_path, kind):
-    """Large changes whole, in bits; small ones as factors, of the rank that they have."""
+    """All as factors, of the rank that they have; of large ones the rest, too."""
     base = open_base(base_folder(tmp_path / "base", kind))
     student = trained(base, lora=2)
     own = student.model.layers[0].self_attn.q_proj_summary
@@ -41,20 +41,20 @@ def test_packed_and_unpacked(tmp_path, kind):
     own.weight = before + 0.1 * (own.weight - before)
     weights = weights_of(student, base, tmp_path / "student")
     losses = []
-    for rank, bits in ((64, 8), (8, 8), (8, 3)):
+    for rank, bits in ((8, 8), (4, 8), (4, 3)):
         file = tmp_path / f"{rank}-{bits}.safetensors"
         save_packed(file, weights, base, said(base), rank, bits)
         arrays = mx.load(str(file))
         attn = "model.layers.0.self_attn"
         assert arrays[f"{attn}.o_proj.a.weight"].shape[0] == 2
         kept = arrays[f"{attn}.q_proj_summary.a.weight"].shape[0]
-        assert min(rank, 55) <= kept <= rank
-        assert arrays[f"{attn}.v_proj_summary.whole.weight"].shape == (32, 2 * bits)
+        assert kept == rank
+        assert arrays[f"{attn}.v_proj_summary.rest.weight"].shape == (32, 2 * bits)
         assert not [name for name in arrays if "mlp" in name or "q_norm" in name]
         again, found = unpack(file, base)
         assert found["windows"] == WINDOWS
         losses.append(worst(again(some_ids()), student(some_ids())))
-    assert losses[0] < 0.2 and losses[0] < losses[1] < losses[2]
+    assert max(losses[:2]) < 0.25 < losses[2]
 
 
 def test_what_is_refused(tmp_path):

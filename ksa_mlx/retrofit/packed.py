@@ -1,12 +1,13 @@
 """What a retrofit trained, as a small file: changes of the base's layers, packed.
 
 Own projections are kept as what they differ from the base's projection of the same kind, and
-adapted ones as what they differ from the base's. A small difference (rows, columns) is kept as
-b.T @ a, its factors a (rank, columns) and b (rank, rows) in 8 bits; a large one, as own keys and
-values have it, is of full rank, and kept whole in fewer bits. The rest is float16.
+adapted ones as what they differ from the base's. A difference (rows, columns) is b.T @ a, its
+factors a (rank, columns) and b (rank, rows) in 8 bits. Where that leaves much, as it does of own
+keys and values, the rest is kept in fewer bits. All else is float16.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from .base import Base, plain_weight
 from .build import build, linear
 
 FACTORS = {"group_size": 32, "bits": 8}
-GROUP = 64  # of a whole difference
-# A difference of more than this share of the base's weight, by their norms, is a large one.
+GROUP = 64  # of a rest
+# A rest of more than this share of the base's weight, by their norms, is kept.
 LARGE = 0.3
 _ENDS = ("weight", "scales", "biases")
+_PART = re.compile(r"\.(a|b|rest)\.(weight|scales|biases)$")
 # Singular values below this share of the first are noise of float32.
 _NOISE = 1e-3
 
@@ -36,8 +38,8 @@ def pack(weights: dict[str, mx.array], base: Base, rank: int, bits: int) -> dict
     Args:
         weights: of the student, as `write` names them, unpacked.
         base: which the student was made of.
-        rank: at most so many rows a factor of a small difference.
-        bits: of a large difference's numbers.
+        rank: at most so many rows a factor.
+        bits: of a rest's numbers.
 
     Raises `CheckpointError` for a weight that changed and cannot be told so.
     """
@@ -50,11 +52,13 @@ def pack(weights: dict[str, mx.array], base: Base, rank: int, bits: int) -> dict
             if _same(w, was):
                 continue
             change = w.astype(mx.float32) - was
-            if mx.linalg.norm(change).item() > LARGE * mx.linalg.norm(was).item():
-                packed |= _packed(f"{path}.whole", change, {"group_size": GROUP, "bits": bits})
-                continue
             for part, factor in _factors(change, rank).items():
                 packed |= _packed(f"{path}.{part}", factor, FACTORS)
+            # What is then left, as it will be read.
+            a, b = (_read(packed, f"{path}.{part}", FACTORS) for part in ("a", "b"))
+            left = change - b.T @ a
+            if mx.linalg.norm(left).item() > LARGE * mx.linalg.norm(was).item():
+                packed |= _packed(f"{path}.rest", left, {"group_size": GROUP, "bits": bits})
         elif "summary" in name:
             packed[name] = _half(w)
         elif not _same(w, _of_base(base, name)):
@@ -65,6 +69,11 @@ def pack(weights: dict[str, mx.array], base: Base, rank: int, bits: int) -> dict
 def _packed(name: str, w: mx.array, how: dict[str, int]) -> dict[str, mx.array]:
     arrays = mx.quantize(w, **how)
     return {f"{name}.{end}": _half(x) for end, x in zip(_ENDS, arrays, strict=True)}
+
+
+def _read(packed: dict[str, mx.array], name: str, how: dict[str, int]) -> mx.array:
+    w, scales, biases = (packed[f"{name}.{end}"] for end in _ENDS)
+    return mx.dequantize(w, scales.astype(mx.float32), biases.astype(mx.float32), **how)
 
 
 def _of_base(base: Base, name: str) -> mx.array:
@@ -103,26 +112,18 @@ def unpack(file: Path, base: Base) -> tuple[Model, dict[str, Any]]:
         said = json.loads(metadata["ksa"])
         student = build(base, said["windows"], said["chunk"])
         changes: dict[str, mx.array] = {}
-
-        def read(name: str, how: dict[str, int]) -> mx.array:
-            arrays = [packed.pop(f"{name}.{end}") for end in _ENDS]
-            scales = (x.astype(mx.float32) for x in arrays[1:])
-            return mx.dequantize(arrays[0], *scales, **how)
-
-        for name in list(packed):
-            path = name.removesuffix(".a.weight").removesuffix(".whole.weight")
-            if name.endswith(".a.weight"):
-                a, b = (read(f"{path}.{part}", FACTORS) for part in ("a", "b"))
-                changes[path] = b.T @ a
-            elif name.endswith(".whole.weight"):
+        for path in [n.removesuffix(".a.weight") for n in packed if n.endswith(".a.weight")]:
+            a, b = (_read(packed, f"{path}.{part}", FACTORS) for part in ("a", "b"))
+            changes[path] = b.T @ a
+            if f"{path}.rest.weight" in packed:
                 how = {"group_size": GROUP, "bits": said["bits"]}
-                changes[path] = read(f"{path}.whole", how)
+                changes[path] += _read(packed, f"{path}.rest", how)
         for path, change in changes.items():
             w = _of_base(base, path.replace("_summary", "") + ".weight") + change
             layer, name = path.removeprefix("model.layers.").split(".self_attn.")
             attn = student.model.layers[int(layer)].self_attn
             attn[name] = linear(w, attn[name].get("bias"))
-        rest = [(name, w.astype(mx.float32)) for name, w in packed.items()]
+        rest = [(n, w.astype(mx.float32)) for n, w in packed.items() if not _PART.search(n)]
         known = dict(tree_flatten(student.parameters()))
         if unknown := [name for name, _ in rest if name not in known]:
             raise KeyError(some(unknown))
