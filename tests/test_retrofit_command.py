@@ -15,10 +15,13 @@ import pytest
 import ksa_mlx
 from ksa_mlx.benchmark.results import Results
 from ksa_mlx.memory.room import gb
+from ksa_mlx.recall import tasks
 from ksa_mlx.retrofit import distill, evaluate, needs
 from ksa_mlx.retrofit.__main__ import main, verdict
+from ksa_mlx.retrofit.base import open_base
 from ksa_mlx.retrofit.build import teacher
 from ksa_mlx.retrofit.stages import Settings
+from ksa_mlx.retrofit.texts import recall_maker
 from ksa_mlx.retrofit.trainable import is_summary, put, trainable
 from tests._bases import README, base_folder
 from tests._retrofit import ids, student
@@ -166,6 +169,15 @@ def test_ctrl_c_keeps_the_step_and_resume_ends_alike(made, base, data, tmp_path)
     assert subprocess.run([*argv, "--resume"], env=env, cwd=tmp_path).returncode == 0
     file = "model.safetensors"
     assert (out / file).read_bytes() == (made / file).read_bytes()
+
+
+def test_a_recall_text_is_one_text(base, monkeypatch):
+    """Its questions are asked one after the other; no text is made and thrown away."""
+    tokenizer, made, text = open_base(base).tokenizer, [], tasks.Texts.text
+    monkeypatch.setattr(tasks.Texts, "text", lambda *a: made.append(a) or text(*a))
+    found, places = recall_maker(tokenizer, list(range(8)), 0)(0, 640, np.arange(3, 600))
+    assert len(made) == 1 and len(found) == 640 and found[:8] == list(range(8))
+    assert len(places) >= 8 and min(places) > 300 and max(places) < 640
 
 
 # The evaluation
