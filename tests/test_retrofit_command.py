@@ -224,6 +224,8 @@ def test_shares_and_their_intervals():
     assert found["novel"] == evaluate.Share(0.5, 0.5, 0.5)
     assert found["code"].low < found["code"].share < found["code"].high
     assert found["mean"].share == pytest.approx((0.5 + found["code"].share) / 2)
+    # A run that was stopped has not read all texts with all readers.
+    assert "code" not in evaluate.shares(rows[:-1], (1024, 2048))
     assert evaluate.shares([{**r, "blocks": r["blocks"][:10]} for r in rows], (1024, 2048)) == {}
     # A text that ends within a distance counts as far as it goes, and none where it is not.
     short = [{**r, "blocks": r["blocks"][:20]} if r["of"] == "code-1" else r for r in rows]

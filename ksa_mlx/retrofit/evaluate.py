@@ -128,11 +128,12 @@ def shares(
     "loss"."""
     a, b = (n // BLOCK for n in bucket)
     found = {(r["reader"], r["of"]): np.array(r["blocks"][a:b]) for r in rows}
+    needed = ("teacher", "near", reader)
     names = [t for who, t in found if who == "teacher" and len(found[who, t])]
+    names = [t for t in names if all((who, t) in found for who in needed)]
     kinds = {
         kind: [
-            np.concatenate([found[who, t] for t in names if kind_of(t) == kind])
-            for who in ("teacher", "near", reader)
+            np.concatenate([found[who, t] for t in names if kind_of(t) == kind]) for who in needed
         ]
         for kind in dict.fromkeys(map(kind_of, names))
     }
