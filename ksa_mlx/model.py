@@ -226,7 +226,8 @@ class KSAModel(Pipeline, nn.Module):
         call = Call(self.args, shape[1], cache[self.windowed or 0], summarises, self.training)
         if len(call.steps) > 1:
             h = h.reshape(1, call.length, -1)
-        h = self.with_summaries(h, call)
+        if call.rows:
+            h = self.with_summaries(h, call)
         h = self.receive(h, call.length)
         for layer, c in zip(self.pipeline_layers, cache, strict=True):
             h = layer(h, call, mask, c)
@@ -235,8 +236,6 @@ class KSAModel(Pipeline, nn.Module):
 
     def with_summaries(self, h: mx.array, call: Call) -> mx.array:
         """Text rows (B, L, hidden), and behind them the first input of a call's summary rows."""
-        if not call.rows:
-            return h
         rows = mx.tile(self.summary_embedding, (call.chunks, 1)).astype(h.dtype)
         return mx.concatenate([h, mx.broadcast_to(rows, (h.shape[0], *rows.shape))], axis=1)
 
@@ -282,6 +281,8 @@ class Model(nn.Module):
         self.args = args
         self.model_type = args.model_type
         self.rollback = wanted_rollback(args.rollback)
+        # Whether some text ids are never predicted.
+        self.cuts = args.num_predicted < args.summary_token_begin
         self.model = KSAModel(args)
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.summary_token_begin, bias=False)
@@ -298,7 +299,7 @@ class Model(nn.Module):
         """Logits (..., text ids) of last hidden states (..., hidden)."""
         tied = self.args.tie_word_embeddings
         logits = self.model.embed_tokens.as_linear(h) if tied else self.lm_head(h)
-        return predicted(self.args, logits)
+        return predicted(self.args, logits) if self.cuts else logits
 
     def make_cache(self) -> list[Any]:
         return make_cache(self)

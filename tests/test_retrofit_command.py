@@ -98,7 +98,6 @@ def test_what_it_found_is_kept(made):
         (["--length", "2048"], "--length: found 2048, expected at most 1200"),
         (["--length", "440"], "too short for texts that ask for facts (digits: found a length of"),
         (["--eval-data", "nowhere"], "nowhere: no such file or folder"),
-        (["--plot", "nowhere/x.png"], "--plot: nowhere/x.png: no folder"),
         (["--model", "nowhere"], "nowhere"),
         (["--data", "nowhere"], "nowhere"),
     ],
@@ -140,6 +139,12 @@ def test_a_run_goes_on_as_it_began(more, why, made, base, data, tmp_path, capsys
     assert run(*command(base, data, tmp_path / "z", "--resume", *more)) == 1
     assert why in capsys.readouterr().err
     assert not (tmp_path / "z").exists()
+
+
+def test_a_figure_that_cannot_be_written_is_refused_before_the_run(base, data, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert run(*command(base, data, tmp_path / "x", "--plot", "nowhere/x.png")) == 1
+    assert "error: --plot: nowhere/x.png: no folder" in capsys.readouterr().err
 
 
 def test_what_is_there_is_not_overwritten(made, base, data, tmp_path, capsys):

@@ -53,7 +53,7 @@ def test_generate_says_it_before_it_reads(capsys):
     ask = ["--system-prompt", NOTES, "--prompt", "What is the badge of Olga?", "--memory-limit"]
     assert main([*ask, "5MB"]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: prompt: 2,")
+    assert captured.out == "" and captured.err.startswith("error: prompt: 3,")
     assert "and there are 5.00 MB (--memory-limit); what fits: " in captured.err
     with pytest.raises(SystemExit, match="2"):
         main([*ask, "five"])

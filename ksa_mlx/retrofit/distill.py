@@ -56,7 +56,9 @@ def states_of(model, ids: mx.array, keep, checkpointed: bool) -> tuple[mx.array,
     """
     text, n = model.model, ids.shape[1]
     call = Call(model.args, n, None, text.windowed is not None, training=True)
-    h, states = text.with_summaries(text.embed_tokens(ids), call), {}
+    h, states = text.embed_tokens(ids), {}
+    if call.rows:
+        h = text.with_summaries(h, call)
     for i, layer in enumerate(text.layers):
         run = nn.utils.checkpoint(layer) if checkpointed else layer
         h = run(h, call, "causal")
