@@ -17,6 +17,7 @@ SETTINGS = Settings(
     regression_tokens=192 * 5,
     distillation_tokens=192 * 4,
     lora_rank=2,
+    pool=2,
 )
 
 

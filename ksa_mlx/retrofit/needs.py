@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from ..errors import MemoryLimitError
 from ..memory.caches import arrays
 from ..memory.room import gb
-from .stages import POOL, QUERIES, TOKENS, VISITS, Settings
+from .stages import QUERIES, TOKENS, VISITS, Settings
 from .trainable import ADAPTED, is_summary, trainable
 
 # A float32 parameter, its gradient, and Adam's two moments.
@@ -81,7 +81,7 @@ def need(student, settings: Settings, checkpointed: bool, machines: int = 1) -> 
     kv = 2 * args.num_key_value_heads * args.head_dim
     lesson = 4 * QUERIES * args.num_attention_heads * args.head_dim + QUERIES * args.hidden_size * 2
     # Before training each machine holds the texts of all.
-    pool = machines * POOL * B * (n * kv * layers + lesson * len(windowed)) * shape.size
+    pool = machines * settings.pool * B * (n * kv * layers + lesson * len(windowed)) * shape.size
     # Summaries go through all layers; sampled queries through the windowed ones.
     scores = 4 * QUERIES * chunks * args.num_attention_heads
     queries = 3 * QUERIES * args.num_attention_heads * args.head_dim

@@ -41,7 +41,7 @@ class Texts(Protocol):
 @dataclass(frozen=True)
 class Settings:
     """What a run's numbers depend on. Tokens are visits, over all machines; batch_size is a
-    machine's texts a step."""
+    machine's texts a step; pool: batches whose features are held at once."""
 
     window: int = 16
     length: int = 1024
@@ -54,6 +54,7 @@ class Settings:
     distillation_rate: float = 3e-4
     lora_rate: float = 7e-4
     checkpointed: bool = False
+    pool: int = POOL
     seed: int = 0
 
 
@@ -166,7 +167,7 @@ class Retrofit:
 
     def _start(self):
         """Closed form, on the texts of one pool; every machine does the same."""
-        batches = [self._features(i, whole=True) for i in range(POOL)]
+        batches = [self._features(i, whole=True) for i in range(self.settings.pool)]
         closed_form.start(self.student, batches, np.random.default_rng(self.settings.seed))
         gaps = [{i: x.gap.mean().item() for i, x in f.lessons.items()} for f in batches]
         self.usual = {i: float(np.mean([g[i] for g in gaps])) for i in gaps[0]}
@@ -176,6 +177,7 @@ class Retrofit:
         rates = Rates(steps, lambda name: settings.rate * (3 if name.endswith("embedding") else 1))
         trainer = self._trainer(trainable(self.student, is_summary), rates)
         held = [self._collected(*self._stacked([self.texts.held_out(i)])) for i in range(HELD)]
+        size = settings.pool
         pool, batches = -1, list[Features]()
 
         def loss(features: Features):
@@ -183,15 +185,15 @@ class Retrofit:
             return found.mean(), {}
 
         while trainer.step < steps:
-            number, at = divmod(trainer.step, POOL * VISITS)
+            number, at = divmod(trainer.step, size * VISITS)
             if number != pool:
                 if at == 0:
                     self._judge(held, trainer.step)
                 batches.clear()
-                batches += [self._features(number * POOL + i) for i in range(POOL)]
+                batches += [self._features(number * size + i) for i in range(size)]
                 pool = number
-            order = np.random.default_rng([settings.seed, number, at // POOL]).permutation(POOL)
-            self._learn(trainer, loss, batches[order[at % POOL]], steps)
+            order = np.random.default_rng([settings.seed, number, at // size]).permutation(size)
+            self._learn(trainer, loss, batches[order[at % size]], steps)
         self._judge(held, trainer.step)
         put(self.student, trainer.params)
 
@@ -209,7 +211,7 @@ class Retrofit:
         self.tick(self.stage, step, None, {"held out": mean})
 
     def _sink(self):
-        batches = [self._features(i, whole=True) for i in range(POOL // 2)]
+        batches = [self._features(i, whole=True) for i in range(max(1, self.settings.pool // 2))]
         found = closed_form.sink(self.student, batches)
         self.place.log(
             what="sink", stage=self.stage, step=0, error={i: list(e) for i, e in found.items()}
@@ -226,7 +228,7 @@ class Retrofit:
             return 3 * rate if name.endswith("embedding") else rate
 
         trainer = self._trainer(trainable(self.student, _all), Rates(steps, of))
-        skipped = self.steps(settings.regression_tokens) // VISITS + POOL
+        skipped = self.steps(settings.regression_tokens) // VISITS + self.settings.pool
 
         def loss(goal: distill.Goal):
             return distill.loss(self.student, goal, settings.checkpointed)
