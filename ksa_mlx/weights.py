@@ -65,17 +65,22 @@ class Plan:
         """Raise `CheckpointError` unless the tensors found are the ones expected."""
         missing = [n for n in self.source if n not in found]
         extra = [n for n in found if n not in self.source and n not in self.dead]
-        if missing:
-            instead = f"; found {some(extra)} instead" if extra else ""
-            raise CheckpointError(f"missing weights: {some(missing)}{instead}")
-        if extra:
-            raise CheckpointError(f"weights that this model does not have: {some(extra)}")
+        if why := misnamed(missing, extra):
+            raise CheckpointError(why)
         for name, shape in found.items():
             expected = self.source[name] if name in self.source else self.dead[name][0]
             if expected is not None and tuple(shape) != expected:
                 raise CheckpointError(
                     f"{name}: found shape {list(shape)}, expected {list(expected)}"
                 )
+
+
+def misnamed(missing: list[str], extra: list[str]) -> str | None:
+    """What to say of weights that are not there and of others that are; None if there are none."""
+    if missing:
+        instead = f"; found {some(extra)} instead" if extra else ""
+        return f"missing weights: {some(missing)}{instead}"
+    return f"weights that this model does not have: {some(extra)}" if extra else None
 
 
 def some(names: Iterable[str]) -> str:

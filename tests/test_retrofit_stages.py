@@ -21,7 +21,14 @@ from ksa_mlx.retrofit.build import build, teacher
 from ksa_mlx.retrofit.features import collect, grouped, sampled
 from ksa_mlx.retrofit.stages import STAGES, Retrofit
 from ksa_mlx.retrofit.state import Place
-from ksa_mlx.retrofit.streams import attend_all, attend_near, sees_near, summary_stream, text_stream
+from ksa_mlx.retrofit.streams import (
+    attend_all,
+    attend_near,
+    merged,
+    sees_near,
+    summary_stream,
+    text_stream,
+)
 from ksa_mlx.retrofit.trainable import adapt, is_adapter, is_summary, trainable
 from tests._bases import base_folder
 from tests._retrofit import SETTINGS, Texts, ids, retrofit, student
@@ -86,7 +93,9 @@ def test_a_lesson_is_attention_with_and_without_summaries():
             text = [y[b : b + 1] for y in (k, v)]
             at = POSITIONS[b]
             near = sees_near(at, p, 2, 8, 8)
-            close(lesson.full[b : b + 1], dense(q, *text, p <= at[:, None]))
+            full = mx.array(dense(q, *text, p <= at[:, None]).astype(np.float32))
+            o_proj = base.model.layers[i].self_attn.o_proj
+            close(lesson.target[b : b + 1], o_proj(merged(full)))
             close(lesson.near[b : b + 1], dense(q, *text, near))
             own = [y[b : b + 1] for y in rows.pair()]
             chunk = np.arange(12)

@@ -14,7 +14,7 @@ from ..checkpoint.stop import add_end_of_turn, has_tokenizer, stop_ids
 from ..checkpoint.tensors import SafetensorsFiles
 from ..config import ModelArgs
 from ..errors import CheckpointError, ConfigError, in_file, one_line
-from ..weights import EMBED, HEAD, SUMMARY, Shape, expected_shapes, some
+from ..weights import EMBED, HEAD, SUMMARY, Shape, expected_shapes, misnamed
 from .config import base_config, check_kind, ksa_config
 from .gguf import read_gguf
 from .gguf_tokenizer import write_tokenizer
@@ -138,11 +138,8 @@ def _check_weights(place: Path, config: dict[str, Any], weights: dict[str, mx.ar
         packed |= {f"{path}.{end}" for end in ("scales", "biases")}
     missing = [n for n in expected if n not in weights]
     extra = [n for n in weights if n not in expected and n not in packed]
-    if missing:
-        instead = f"; found {some(extra)} instead" if extra else ""
-        raise CheckpointError(f"{place}: missing weights: {some(missing)}{instead}")
-    if extra:
-        raise CheckpointError(f"{place}: weights that this model does not have: {some(extra)}")
+    if why := misnamed(missing, extra):
+        raise CheckpointError(f"{place}: {why}")
     for name, shape in expected.items():
         w, found = weights[name], plain_shape(config, weights, name)
         if w.dtype not in (mx.float32, mx.float16, mx.bfloat16) and found == w.shape:

@@ -13,8 +13,9 @@ from .streams import attend_all, text_stream
 @dataclass
 class Goal:
     """What the base says of a batch. ids (B, n); positions (B, P): where its next tokens are
-    compared, of which those that recall something weigh double by `weights` (B, P); logits (B, P,
-    text ids) there; states: hidden states (B, n - first, hidden) of some layers, from `first` on.
+    compared, of which those that recall something weigh double by `weights` (B, P);
+    log_probs (B, P, text ids) there; states: hidden states (B, n - first, hidden) of some layers,
+    from `first` on.
     """
 
     ids: mx.array

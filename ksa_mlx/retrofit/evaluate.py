@@ -9,9 +9,8 @@ import numpy as np
 
 from ..benchmark.results import Results
 from ..recall.intervals import blocks
-from ..recall.score import score
+from ..recall.score import judged, score
 from ..recall.tasks import Question, questions
-from .distill import log_probs
 from .streams import attend_all, attend_near, text_stream
 
 # Last hidden states (1, n, hidden), normed, of ids (1, n).
@@ -45,13 +44,10 @@ def readers(teacher, student) -> dict[str, tuple[Any, Forward]]:
 
 def losses(model, forward: Forward, ids: Sequence[int]) -> np.ndarray:
     """Of each token but the first, nats: (n - 1,)."""
-    x = mx.array(ids)[None]
-    h, found = forward(x), []
-    for a in range(0, x.shape[1] - 1, ROWS):
-        at = mx.arange(a, min(a + ROWS, x.shape[1] - 1))[None]
-        loss = -mx.take_along_axis(log_probs(model, h, at), x[:, 1:][:, at[0]][..., None], axis=-1)
-        mx.eval(loss)
-        found.append(np.array(loss[0, :, 0]))
+    h, found = forward(mx.array(ids)[None])[0, :-1], []
+    for a in range(0, len(h), ROWS):
+        some = h[a : a + ROWS]
+        found.append(judged(model.head(some), list(ids[a + 1 : a + 1 + len(some)]))[1])
     return np.concatenate(found)
 
 

@@ -13,16 +13,15 @@ from .streams import Pair, attend_all, merged, sees_near, text_stream
 class Lesson:
     """One windowed layer at P sampled positions of each text.
 
-    queries, near, full: (B, heads, P, head_dim), after RoPE; near is the attention to what the
-    window and the sink leave, full to everything. log_mass (B, heads, P): the log of near's
-    softmax denominator. target (B, P, hidden): full, projected. gap (B,): the mean square, after
+    queries, near: (B, heads, P, head_dim), after RoPE; near is the attention to what the window
+    and the sink leave. log_mass (B, heads, P): the log of its softmax denominator. target (B, P,
+    hidden): the attention to everything, projected. gap (B,): the mean square, after
     projection, of what near lacks.
     """
 
     queries: mx.array
     near: mx.array
     log_mass: mx.array
-    full: mx.array
     target: mx.array
     gap: mx.array
 
@@ -104,4 +103,4 @@ def _lesson(attn, queries, full, keys, values, seen) -> Lesson:
     near = weighed(mx.exp(scores - log_mass[..., None]), values)
     target = attn.o_proj(merged(full)).astype(mx.float32)
     lacks = attn.o_proj(merged(near)).astype(mx.float32) - target
-    return Lesson(queries, near, log_mass, full, target, lacks.square().mean(axis=(1, 2)))
+    return Lesson(queries, near, log_mass, target, lacks.square().mean(axis=(1, 2)))

@@ -15,7 +15,7 @@ from .data import Text, indices
 from .features import Features, collect, sampled
 from .state import Place
 from .trainable import Params, adapt, is_adapter, is_summary, put, trainable
-from .trainer import Rates, Trainer
+from .trainer import Rates, Trainer, below
 
 # Tokens of a chunk, as in the released models.
 CHUNK = 8
@@ -115,7 +115,7 @@ class Retrofit:
         if self.stage == "done":
             adapt(self.student, self.settings.lora_rank, seed=self.settings.seed)
         if self.arrays:
-            held = _params(self.arrays)
+            held = below("params/", self.arrays)
             put(
                 self.student,
                 {k: v for k, v in held.items() if self.stage == "done" or is_summary(k)},
@@ -276,7 +276,3 @@ def _all(name: str) -> bool:
 
 def _named(params: Params) -> Params:
     return {f"params/{k}": v for k, v in params.items()}
-
-
-def _params(arrays: Params) -> Params:
-    return {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}

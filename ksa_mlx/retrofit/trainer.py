@@ -93,9 +93,9 @@ class Trainer:
     def load(self, state: Params, step: int):
         """Go on from `state()` of a trainer of the same parameters, `step` steps done."""
         self.step = step
-        self.params.update(_below("params/", state))
+        self.params.update(below("params/", state))
         for i, optimizer in enumerate(self.optimizers.values()):
-            for key, x in _below(f"adam/{i}/", state).items():
+            for key, x in below(f"adam/{i}/", state).items():
                 name, _, kind = key.rpartition("/")
                 if kind:
                     optimizer.state[name][kind] = x
@@ -104,5 +104,6 @@ class Trainer:
         put(self.model, self.params, self.dtype)
 
 
-def _below(prefix: str, state: Params) -> Params:
+def below(prefix: str, state: Params) -> Params:
+    """The arrays of a state under a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
