@@ -1,6 +1,7 @@
 """Every error that this package raises for what a user hands in, and how one is printed."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,23 @@ def one_line(error: BaseException) -> str:
     """An error's message in one line of at most 200 characters, or its name."""
     text = " ".join(str(error).split())
     return text[:200] if text else type(error).__name__
+
+
+def exit_status(command: Callable[[], Any], stopped: Callable[[], str]) -> int:
+    """Run a command. Its status: 0, 1 after an error, said in one line on standard error, or 130
+    after Ctrl-C, with the line stopped() there. What is a fault of ours keeps its traceback."""
+    try:
+        command()
+    except KeyboardInterrupt:
+        print(stopped(), file=sys.stderr)
+        return 130
+    except KSAError as e:
+        print(f"error: {e}", file=sys.stderr)
+    except OSError as e:
+        said = f"{e.filename}: {e.strerror}" if e.filename else one_line(e)
+        print(f"error: {said}", file=sys.stderr)
+    except (RuntimeError, ValueError, MemoryError) as e:  # MLX's own
+        print(f"error: {one_line(e)}", file=sys.stderr)
+    else:
+        return 0
+    return 1

@@ -16,13 +16,7 @@ from . import metal_cpu
 from ._models import VARIANTS, build, tokens, worst
 
 # The official outputs again, this time by the metal.
-from .test_goldens import (  # noqa: F401
-    converted,
-    golden,
-    test_decode,
-    test_greedy,
-    test_prefill,
-)
+from .test_goldens import converted, golden, test_decode, test_prefill  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not metal_cpu.available(), reason=str(metal_cpu.unavailable()))
 

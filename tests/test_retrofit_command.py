@@ -141,6 +141,17 @@ def test_a_run_goes_on_as_it_began(more, why, made, base, data, tmp_path, capsys
     assert not (tmp_path / "z").exists()
 
 
+@pytest.mark.parametrize("damaged", ['{"probe": [', "[]", "\x00"])
+def test_damaged_measurements_are_one_line(damaged, made, base, data, tmp_path, capsys):
+    training = tmp_path / "w.training"
+    shutil.copytree(made.with_name("ksa.training"), training)
+    (training / "found.json").write_text(damaged)
+    assert run(*command(base, data, tmp_path / "w", "--resume")) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"error: {training / 'found.json'}: not what was measured (")
+    assert last.endswith("remove it to measure again") and not (tmp_path / "w").exists()
+
+
 def test_a_figure_that_cannot_be_written_is_refused_before_the_run(base, data, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert run(*command(base, data, tmp_path / "x", "--plot", "nowhere/x.png")) == 1
@@ -157,8 +168,10 @@ def test_what_is_there_is_not_overwritten(made, base, data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_the_step_and_resume_ends_alike(made, base, data, tmp_path):
-    out = tmp_path / "ksa"
-    argv = [sys.executable, "-m", "ksa_mlx", "retrofit", *map(str, command(base, data, out))]
+    out, held = tmp_path / "ksa", tmp_path / "text-1.txt"
+    held.write_text("Other words than those of the other run. " * 90)  # weights do not depend on it
+    few = command(base, data, out, "--eval-data", held, "--questions", "0")
+    argv = [sys.executable, "-m", "ksa_mlx", "retrofit", *map(str, few)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     log = out.with_name("ksa.training") / "log.jsonl"

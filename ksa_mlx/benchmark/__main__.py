@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..attention import metal
-from ..errors import KSAError, one_line
+from ..errors import KSAError, exit_status
 from ..model import ModelArgs
 from . import building, kernels, kv, plot, speed
 from .models import SHAPES, build, held_bytes, ksa_args
@@ -160,15 +160,8 @@ def main(argv: list[str] | None = None, instrument: Any = None) -> int:
         instrument: what executes Metal kernels where there is no Metal, for exact counts.
     """
     options = parser().parse_args(argv)
-    try:
-        run(options, instrument)
-    except KeyboardInterrupt:
-        print("stopped; what was measured stands above", file=sys.stderr)
-        return 130
-    except (OSError, RuntimeError, ValueError, MemoryError) as e:  # ours, and MLX's own
-        print(f"error: {one_line(e)}", file=sys.stderr)
-        return 1
-    return 0
+    stopped = "stopped; what was measured stands above"
+    return exit_status(lambda: run(options, instrument), lambda: stopped)
 
 
 if __name__ == "__main__":

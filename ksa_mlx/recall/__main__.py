@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..benchmark import plot as figures
 from ..benchmark.results import check_file
-from ..errors import KSAError, one_line
+from ..errors import KSAError, exit_status
 from ..files import replaced
 from ..stock.flags import add_memory, check
 from . import plot, table
@@ -178,17 +178,14 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     transformers.logging.set_verbosity_error()  # it warns of texts that are long for a tokenizer
     results = None
-    try:
+
+    def command():
+        nonlocal results
         options = parse(argv)
         results = options.results
         run(options)
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {results}", file=sys.stderr)
-        return 130
-    except (OSError, RuntimeError, ValueError, MemoryError) as e:  # ours, and MLX's own
-        print(f"error: {one_line(e)}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_status(command, lambda: f"stopped; the same command goes on from {results}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from ..attention import metal
 from ..attention.choice import OPERATIONS
 from ..benchmark.results import check_file
 from ..checkpoint.source import open_source
-from ..errors import KSAError, one_line
+from ..errors import KSAError, exit_status
 from . import apart, kernels, models, reference
 from .paper import Paper, wrapped
 from .stage import Options, here
@@ -122,7 +122,8 @@ def top(paper: Paper, options: Options) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parser().parse_args(argv)
-    try:
+
+    def command():
         metal.wanted()  # refuses a KSA_MLX_KERNELS that says nothing
         if not 0 < args.minutes <= 60:
             raise KSAError(f"--minutes: found {args.minutes:g}, expected more than 0, at most 60")
@@ -141,13 +142,8 @@ def main(argv: list[str] | None = None) -> int:
             paper.keep(said)
             print("\n" + "\n".join(said), flush=True)
             print(f"\nAll of this, this part first: {paper.text}; figures: {paper.figures}")
-    except KeyboardInterrupt:
-        print("stopped; what was measured stands above", file=sys.stderr)
-        return 130
-    except (OSError, RuntimeError, ValueError, MemoryError) as e:
-        print(f"error: {one_line(e)}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_status(command, lambda: "stopped; what was measured stands above")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..benchmark.results import Results
-from ..errors import DataError, KSAError, one_line
+from ..errors import CheckpointError, DataError, KSAError, exit_status, one_line
 from ..memory.room import device_limit
 from . import evaluate, options, probe
 from .base import Base, open_base
@@ -96,7 +96,7 @@ def texts_of(o: Namespace, base: Base, data: Data, prefix: list[int]) -> evaluat
         count = min(HELD_OUT, data.held_out_count)
         texts = {f"text-{i}": data.held_out(i).ids.tolist() for i in range(count)}
     lengths = [n for n in (1024, 2048, 4096) if n <= longest] if o.questions else []
-    asked = evaluate.recall_questions(lengths, o.questions, base.tokenizer, prefix, o.seed)
+    asked = evaluate.recall_questions(lengths, o.questions, base.tokenizer, prefix)
     return evaluate.Texts(texts, asked)
 
 
@@ -141,7 +141,7 @@ def run(o: Namespace):
     found = folder / "found.json"
     results = Results(str(found) if group.rank() == 0 else None)
     if found.is_file():
-        results.found = json.loads(found.read_text(encoding="utf-8"))
+        results.found = _read(found)
     windows = windows_of(o, base, data, results)
     student = build(base, windows, own_rank=settings.own_rank)
     need, checkpointed = fitting(student, settings, *limits)
@@ -164,6 +164,18 @@ def run(o: Namespace):
     if group.rank():
         return
     _finish(o, base, prefix, texts, work_on, results, place, destination)
+
+
+def _read(found: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(found.read_text(encoding="utf-8"))
+        if not isinstance(said, dict):
+            raise ValueError(f"found {type(said).__name__}, expected an object")
+    except ValueError as e:
+        raise CheckpointError(
+            f"{found}: not what was measured ({one_line(e)}); remove it to measure again"
+        ) from None
+    return said
 
 
 def _finish(o, base, prefix, texts, done: Retrofit, results, place: Place, destination: Path):
@@ -200,18 +212,8 @@ def verdict(found: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     o = options.parser().parse_args(argv)
-    try:
-        run(o)
-    except KeyboardInterrupt:
-        print(f"error: interrupted; --resume goes on with {o.mlx_path}", file=sys.stderr)
-        return 130
-    except KSAError as e:
-        print(f"error: {e}", file=sys.stderr)
-    except OSError as e:
-        print(f"error: {e.filename or o.mlx_path}: {e.strerror or one_line(e)}", file=sys.stderr)
-    else:
-        return 0
-    return 1
+    going = f"error: interrupted; --resume goes on with {o.mlx_path}"
+    return exit_status(lambda: run(o), lambda: going)
 
 
 if __name__ == "__main__":

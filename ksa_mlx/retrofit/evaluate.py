@@ -61,9 +61,10 @@ class Texts:
 
 
 def recall_questions(
-    lengths: Sequence[int], count: int, tokenizer: Any, prefix: Sequence[int], seed: int
+    lengths: Sequence[int], count: int, tokenizer: Any, prefix: Sequence[int], seed: int = 0
 ) -> dict[int, list[Question]]:
-    """Several keys, values of digits, `count` a length, of patterns that are never trained."""
+    """Several keys, values of digits, `count` a length, of patterns that are never trained. Runs
+    are compared, so that their seed is not this one."""
     return {
         n: questions(
             "digits", n, -(-count // ASKED), seed, tokenizer, "test", asked=ASKED,
