@@ -24,7 +24,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "recall.md"
 SECTIONS = {
     "notebook": "--chat bare --kinds needle digits words values --lengths 512 1024 2048 "
     "--questions 40 --kv-bits 8 4",
-    "smollm2": "--kinds needle digits words --lengths 1024 2048 --questions 40 --kv-bits 8 4",
+    "smollm2": "--kinds needle digits --lengths 1024 --questions 40 --kv-bits 8 4",
 }
 
 
