@@ -34,7 +34,7 @@ from .checkpoint.stop import (
 from .checkpoint.tensors import Checkpoint, Dequantized, open_checkpoint
 from .checkpoint.write import ShardWriter, dropped, new_folder, workspace, write_weights
 from .config import MODEL_TYPE, ModelArgs
-from .errors import CheckpointError, KSAError, in_file, one_line
+from .errors import CheckpointError, exit_status, in_file, one_line
 from .model import Model
 from .stock.register import MODEL_FILE
 from .weights import expected_shapes
@@ -350,18 +350,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.hf_path:
         parser.error("--hf-path is required")
-    try:
-        convert(**vars(args), report=print)
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except KSAError as e:
-        print(f"error: {e}", file=sys.stderr)
-    except OSError as e:
-        print(f"error: {e.filename or args.mlx_path}: {e.strerror or one_line(e)}", file=sys.stderr)
-    else:
-        return 0
-    return 1
+    stopped = "error: interrupted; nothing was written"
+    return exit_status(lambda: convert(**vars(args), report=print), stopped, where=args.mlx_path)
 
 
 if __name__ == "__main__":

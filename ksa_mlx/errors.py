@@ -65,19 +65,20 @@ def one_line(error: BaseException) -> str:
     return text[:200] if text else type(error).__name__
 
 
-def exit_status(command: Callable[[], Any], stopped: Callable[[], str]) -> int:
+def exit_status(command: Callable[[], Any], stopped: str, where: str | None = None) -> int:
     """Run a command. Its status: 0, 1 after an error, said in one line on standard error, or 130
-    after Ctrl-C, with the line stopped() there. What is a fault of ours keeps its traceback."""
+    after Ctrl-C, with the line `stopped` there. where: what the system's errors are about that name
+    no file. What is a fault of ours keeps its traceback."""
     try:
         command()
     except KeyboardInterrupt:
-        print(stopped(), file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return 130
     except KSAError as e:
         print(f"error: {e}", file=sys.stderr)
     except OSError as e:
-        said = f"{e.filename}: {e.strerror}" if e.filename else one_line(e)
-        print(f"error: {said}", file=sys.stderr)
+        place, said = e.filename or where, e.strerror or one_line(e)
+        print(f"error: {place}: {said}" if place else f"error: {one_line(e)}", file=sys.stderr)
     except (RuntimeError, ValueError, MemoryError) as e:  # MLX's own
         print(f"error: {one_line(e)}", file=sys.stderr)
     else:

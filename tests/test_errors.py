@@ -23,10 +23,18 @@ def test_exit_status(error, status, said, capsys):
         if error:
             raise error
 
-    assert exit_status(command, lambda: "stopped") == status
+    assert exit_status(command, "stopped") == status
     assert capsys.readouterr() == ("", said)
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
     with pytest.raises(TypeError):
-        exit_status(lambda: len(3), lambda: "stopped")
+        exit_status(lambda: len(3), "stopped")
+
+
+def test_an_error_without_a_file_is_about_what_was_asked_for(capsys):
+    def command():
+        raise OSError(28, "No space left")
+
+    assert exit_status(command, "stopped", where="out") == 1
+    assert capsys.readouterr().err == "error: out: No space left\n"

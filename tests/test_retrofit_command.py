@@ -141,14 +141,21 @@ def test_a_run_goes_on_as_it_began(more, why, made, base, data, tmp_path, capsys
     assert not (tmp_path / "z").exists()
 
 
-@pytest.mark.parametrize("damaged", ['{"probe": [', "[]", "\x00"])
-def test_damaged_measurements_are_one_line(damaged, made, base, data, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "damaged, why",
+    [
+        ('{"probe": [', "not readable as JSON ("),
+        ("\x00", "not readable as JSON ("),
+        ("[]", "found a list, expected a JSON object"),
+    ],
+)
+def test_damaged_measurements_are_one_line(damaged, why, made, base, data, tmp_path, capsys):
     training = tmp_path / "w.training"
     shutil.copytree(made.with_name("ksa.training"), training)
     (training / "found.json").write_text(damaged)
     assert run(*command(base, data, tmp_path / "w", "--resume")) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith(f"error: {training / 'found.json'}: not what was measured (")
+    assert last.startswith(f"error: {training / 'found.json'}: {why}")
     assert last.endswith("remove it to measure again") and not (tmp_path / "w").exists()
 
 

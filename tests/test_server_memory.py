@@ -38,7 +38,7 @@ def test_the_server_refuses_what_does_not_fit(notebook_models, tmp_path):
         assert "need " in error["message"] and f"{limit / 1e6:.2f} MB" in error["message"]
         assert "what fits: " in error["message"]
 
-        endless = {**ENDLESS, "max_tokens": 150}
+        endless = {**ENDLESS, "max_tokens": 500}
         other = threading.Thread(target=server.ask, args=[endless], daemon=True)
         other.start()
         time.sleep(0.5)

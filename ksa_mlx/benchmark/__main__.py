@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None, instrument: Any = None) -> int:
     """
     options = parser().parse_args(argv)
     stopped = "stopped; what was measured stands above"
-    return exit_status(lambda: run(options, instrument), lambda: stopped)
+    return exit_status(lambda: run(options, instrument), stopped)
 
 
 if __name__ == "__main__":

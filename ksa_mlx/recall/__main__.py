@@ -92,10 +92,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments. Raises KSAError for those that make no sense."""
-    p = parser()
-    options = p.parse_args(argv)
+def checked(p: argparse.ArgumentParser, options: argparse.Namespace) -> argparse.Namespace:
+    """What `p` parsed. Raises KSAError for what makes no sense."""
     found = {k: v for k, v in vars(options).items() if v is not None}
     given = {k for k, v in found.items() if v != p.get_default(k)}
     check(found, LIMITS, {})
@@ -177,15 +175,10 @@ def run(options: argparse.Namespace):
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     transformers.logging.set_verbosity_error()  # it warns of texts that are long for a tokenizer
-    results = None
-
-    def command():
-        nonlocal results
-        options = parse(argv)
-        results = options.results
-        run(options)
-
-    return exit_status(command, lambda: f"stopped; the same command goes on from {results}")
+    p = parser()
+    options = p.parse_args(argv)
+    stopped = f"stopped; the same command goes on from {options.results}"
+    return exit_status(lambda: run(checked(p, options)), stopped)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n" + "\n".join(said), flush=True)
             print(f"\nAll of this, this part first: {paper.text}; figures: {paper.figures}")
 
-    return exit_status(command, lambda: "stopped; what was measured stands above")
+    return exit_status(command, "stopped; what was measured stands above")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """python -m ksa_mlx retrofit: a pretrained model becomes a KSA model."""
 
-import json
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -14,7 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..benchmark.results import Results
-from ..errors import CheckpointError, DataError, KSAError, exit_status, one_line
+from ..checkpoint.source import read_json
+from ..errors import CheckpointError, DataError, KSAError, exit_status
 from ..memory.room import device_limit
 from . import evaluate, options, probe
 from .base import Base, open_base
@@ -141,7 +141,10 @@ def run(o: Namespace):
     found = folder / "found.json"
     results = Results(str(found) if group.rank() == 0 else None)
     if found.is_file():
-        results.found = _read(found)
+        try:
+            results.found = read_json(found)
+        except CheckpointError as e:
+            raise CheckpointError(f"{e}; remove it to measure again") from None
     windows = windows_of(o, base, data, results)
     student = build(base, windows, own_rank=settings.own_rank)
     need, checkpointed = fitting(student, settings, *limits)
@@ -164,18 +167,6 @@ def run(o: Namespace):
     if group.rank():
         return
     _finish(o, base, prefix, texts, work_on, results, place, destination)
-
-
-def _read(found: Path) -> dict[str, Any]:
-    try:
-        said = json.loads(found.read_text(encoding="utf-8"))
-        if not isinstance(said, dict):
-            raise ValueError(f"found {type(said).__name__}, expected an object")
-    except ValueError as e:
-        raise CheckpointError(
-            f"{found}: not what was measured ({one_line(e)}); remove it to measure again"
-        ) from None
-    return said
 
 
 def _finish(o, base, prefix, texts, done: Retrofit, results, place: Place, destination: Path):
@@ -212,8 +203,8 @@ def verdict(found: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     o = options.parser().parse_args(argv)
-    going = f"error: interrupted; --resume goes on with {o.mlx_path}"
-    return exit_status(lambda: run(o), lambda: going)
+    stopped = f"error: interrupted; --resume goes on with {o.mlx_path}"
+    return exit_status(lambda: run(o), stopped, where=o.mlx_path)
 
 
 if __name__ == "__main__":
