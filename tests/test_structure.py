@@ -16,7 +16,7 @@ PACKAGE = "ksa_mlx"
 # Floors from below: a module imports from its own floor and those below it. A name stands for a
 # module, or for a folder with all that is in it.
 FLOORS = [
-    ["errors", "files"],
+    ["errors", "files", "interrupts"],
     ["pattern", "rope"],
     ["config"],
     ["naive"],

@@ -69,7 +69,14 @@ POLITE = (
     "I need {}.|Give me {}.|I need to know what {} is.|What is {}, please?|Excuse me, what is {}?|"
     "May I ask what {} is?|Do you have {}?|So what is {}?|Let me know {}.|Look up {}.|"
     "I wonder what {} is.|Where did I write {}?|OK, and what is {}?|What's {}?|whats {}|{} please|"
-    "Can you remind me what {} is?|Could you look up {} for me?|Have you got {}?"
+    "Can you remind me what {} is?|Could you look up {} for me?|Have you got {}?|Show me {}.|"
+    "Could you find {}?|Can you find {} for me?|Would you happen to know {}?|I'm looking for {}.|"
+    "I'd like to have {}.|Could I have {}?|Can I have {}, please?|I can't find {}.|Check {}.|"
+    "Didn't I tell you {}?|Do we have {}?|Do we know what {} is?|Check what {} is.|"
+    "Just tell me {}.|Hello, what is {}?|Hello, could you give me {}?|Quick question: what is {}?|"
+    "I'd like {}.|Thanks, and what is {}?|Good morning, what is {}?|I keep forgetting {}.|"
+    "It's about {}.|I'm not sure what {} was.|It slipped my mind what {} is.|Could we go over {}?|"
+    "Say {}.|Please give me {}.|Be so kind and tell me {}.|Would you say what {} is?|I want {}."
 ).split("|")
 # Asked in the evaluation only.
 HELD_OUT_POLITE = (

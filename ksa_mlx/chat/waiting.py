@@ -17,6 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from ..interrupts import children_spared
 from .screen import FRAMES, console, is_terminal, say
 from .session import Session
 
@@ -123,7 +124,8 @@ def ctrl_c_stops(session: Session, tell: Callable[[], None] | None = None) -> It
     before = signal.signal(signal.SIGINT, handler)
     file = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     try:
-        yield
+        with children_spared():
+            yield
     finally:
         done.set()
         signal.set_wakeup_fd(file)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import mlx.core as mx
 from tqdm import tqdm
 
+from ..interrupts import children_spared
+
 NAMES = {"regression": "stage 1, regression", "distillation": "stage 2, distillation"}
 
 
@@ -29,7 +31,8 @@ def interruptible() -> Iterator[list[int]]:
     if signal.getsignal(signal.SIGINT) is not None:
         signal.signal(signal.SIGINT, press)
     try:
-        yield pressed
+        with children_spared():
+            yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
 

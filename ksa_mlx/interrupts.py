@@ -1,0 +1,29 @@
+"""Ctrl-C, and what must live through it."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def children_spared() -> Iterator[None]:
+    """Child processes begun in the block do not see Ctrl-C, which a terminal sends to all; this
+    process does, and its handler runs as ever.
+
+    On a CPU, MLX has a compiler write its fused operations. Killed, it leaves no library, which
+    MLX (0.32) tries to load all the same: an error where one only wanted to stop.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    done = threading.Event()
+    # Children inherit that a signal is blocked. Another thread takes it meanwhile, and Python runs
+    # the handler in this one.
+    threading.Thread(target=done.wait, daemon=True).start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        done.set()
