@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from ..errors import MemoryLimitError
 from ..memory.caches import arrays
 from ..memory.room import gb
-from .stages import QUERIES, TOKENS, VISITS, Settings
+from .stages import QUERIES, VISITS, Settings
 from .trainable import ADAPTED, is_summary, trainable
 
 # A float32 parameter, its gradient, and Adam's two moments.
@@ -95,7 +95,7 @@ def need(student, settings: Settings, checkpointed: bool, machines: int = 1) -> 
     else:
         held = sum(each)
     # Log-probabilities of base and student, float32: their logits, exponents, gradients.
-    vocabulary = 6 * B * TOKENS * args.summary_token_begin * 4
+    vocabulary = 6 * B * settings.compared * args.summary_token_begin * 4
     states = (layers // 3) * B * n * args.hidden_size * shape.size * 2
     return Need(weights, TRAINED * (own + lora), pool, regression, held + vocabulary + states)
 
@@ -127,7 +127,7 @@ def work(args: Any, settings: Settings) -> Work:
     the base's features are used VISITS times."""
     n, chunk = settings.length, args.summary_chunk_size
     base, own = _forward(args, n, full=True), _forward(args, n, full=False)
-    logits = 2 * TOKENS / n * args.hidden_size * args.summary_token_begin
+    logits = 2 * settings.compared / n * args.hidden_size * args.summary_token_begin
     # Backward: gradients of the inputs, and a little of weights that are trained.
     return Work(base / VISITS + 2.2 * base / chunk, base + 2.2 * own + 4 * logits)
 

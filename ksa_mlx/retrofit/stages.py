@@ -19,7 +19,8 @@ from .trainer import Rates, Trainer, below
 
 # Tokens of a chunk, as in the released models.
 CHUNK = 8
-# Sampled queries of a text in the regression, and compared next tokens in the distillation.
+# Sampled queries of a text in the regression, and next tokens that the distillation compares of a
+# text of up to 1,024; of a longer one as large a share.
 QUERIES, TOKENS = 192, 320
 # Batches whose features are held at once in the regression, and how often each is gone through.
 POOL, VISITS = 8, 3
@@ -56,6 +57,11 @@ class Settings:
     checkpointed: bool = False
     pool: int = POOL
     seed: int = 0
+
+    @property
+    def compared(self) -> int:
+        """Next tokens of a text that the distillation compares."""
+        return TOKENS * max(1024, self.length) // 1024
 
 
 class Retrofit:
@@ -236,7 +242,7 @@ class Retrofit:
         self.student.train()
         while trainer.step < steps:
             ids, texts = self._batch(skipped + trainer.step)
-            positions = self._positions(texts, TOKENS, trainer.step)
+            positions = self._positions(texts, settings.compared, trainer.step)
             weights = np.stack(
                 [1.0 + np.isin(p, t.answers - 1) for p, t in zip(positions, texts, strict=True)]
             ).astype(np.float32)
