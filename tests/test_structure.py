@@ -163,7 +163,8 @@ def trespasses(root: Path) -> list[str]:
 
 
 def long_files(root: Path) -> list[str]:
-    sizes = {f: len(f.read_text().splitlines()) for f in modules(root, PACKAGE).values()}
+    files = [f for folder in NEIGHBOURS for f in modules(root, folder).values()]
+    sizes = {f: len(f.read_text().splitlines()) for f in files}
     return [f"{f.relative_to(root)}: {n} lines" for f, n in sizes.items() if n > LINES]
 
 

@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "ksa_mlx" / "notebook")
     parser.add_argument("--quick", action="store_true", help="a quarter of the questions")
     parser.add_argument(
-        "--longest", type=int, default=512, help="longest training text, for the plot"
+        "--longest", type=int, default=1024, help="longest training text, for the plot"
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plot", type=Path, help="write the curve to this file (needs matplotlib)")
