@@ -82,7 +82,7 @@ def test_logprobs(client, model):
     entries = chat(client, model, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert "".join(e.token for e in entries).strip().startswith("6967.")
     assert all(e.top_logprobs[0].token == e.token and len(e.top_logprobs) == 2 for e in entries)
-    found = client.completions.create(model=model, prompt="Note", max_tokens=4, logprobs=2)
+    found = client.completions.create(model=model, prompt="The", max_tokens=4, logprobs=2)
     found = found.choices[0].logprobs
     assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == 4
     chunks = list(chat(client, model, logprobs=True, stream=True))

@@ -127,23 +127,23 @@ def test_the_context_is_kept(notebook_models, tmp_path):
 
 
 def test_stop_words(server, alone):
-    text = alone("Note", 40)
+    text = alone("The", 40)
     word = text[13:16]
     before = text[: text.index(word)]
     for stop in (word, ["nosuch", word], [word + "nosuch", word]):
-        body = {"prompt": "Note", "max_tokens": 40, "stop": stop}
+        body = {"prompt": "The", "max_tokens": 40, "stop": stop}
         answer = post(server, body)[1]
         assert texts(answer) == [before] and answer["choices"][0]["finish_reason"] == "stop"
         assert server.stream(body)["text"] == before
-    body = {"prompt": "Note", "max_tokens": 40, "stop": [text[-3:] + "no"]}
+    body = {"prompt": "The", "max_tokens": 40, "stop": [text[-3:] + "no"]}
     assert texts(post(server, body)[1]) == [text]  # held back, and text after all
 
 
 def test_log_probabilities(server, alone):
-    body = {"prompt": "Note", "max_tokens": 5}
+    body = {"prompt": "The", "max_tokens": 5}
     choice = post(server, {**body, "logprobs": 3})[1]["choices"][0]
     found = choice["logprobs"]
-    assert choice["text"] == alone("Note", 5) and len(found["tokens"]) == 5
+    assert choice["text"] == alone("The", 5) and len(found["tokens"]) == 5
     columns = [found[k] for k in ("tokens", "token_logprobs", "top_logprobs")]
     for token, logprob, top in zip(*columns, strict=True):
         assert len(top) == 3 and max(top.values()) == top[token] == logprob < 0

@@ -24,7 +24,7 @@ def main() -> int:
         required=True,
         help="folder for the tokenizer, the state and the checkpoint",
     )
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

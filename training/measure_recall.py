@@ -53,7 +53,7 @@ def plot(rows: list[dict], window: int, longest: int, path: Path) -> None:
     )
     axes.axvline(longest, color="#888888", linewidth=1, linestyle=":")
     axes.text(
-        longest * 1.05, 0.3, f"longest training\ntext ({longest})", fontsize=8, color="#555555"
+        longest * 1.05, 0.3, f"longest training\ntext ({longest:,})", fontsize=8, color="#555555"
     )
     axes.set_xscale("log", base=2)
     axes.set_xticks(x, [f"{d:,}" for d in x])
