@@ -57,6 +57,24 @@ def test_packed_and_unpacked(tmp_path, kind):
     assert max(losses[:2]) < 0.25 < losses[2]
 
 
+def test_small_changes_are_packed_and_rounding_is_not(tmp_path):
+    """LoRA's changes are small everywhere: beside one large number, below its rounding."""
+    base = open_base(base_folder(tmp_path / "base"))
+    path = "model.layers.0.self_attn.o_proj.weight"
+    was = base.weights[path].astype(mx.float32)
+    base.weights[path] = mx.where(mx.arange(was.size).reshape(was.shape) == 0, 100.0, was)
+    weights = weights_of(trained(base), base, tmp_path / "student")
+    rows, columns = was.shape
+    small = mx.full((rows, 1), 0.1) @ mx.full((1, columns), 0.1 * mx.abs(was).max().item())
+    for name, change, kept in (("rounded", 0.0, False), ("changed", small, True)):
+        weights[path] = (base.weights[path] + change).astype(mx.bfloat16)
+        file = tmp_path / f"{name}.safetensors"
+        save_packed(file, weights, base, said(base), 4, 8)
+        assert (path.replace("weight", "a.weight") in mx.load(str(file))) == kept
+    again = unpack(file, base)[0].model.layers[0].self_attn.o_proj.weight - base.weights[path]
+    assert mx.abs(again - small)[1:].max() < 0.2 * mx.abs(small).max()
+
+
 def test_what_is_refused(tmp_path):
     base = open_base(base_folder(tmp_path / "base"))
     weights = weights_of(trained(base), base, tmp_path / "student")

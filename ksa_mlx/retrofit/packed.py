@@ -25,7 +25,9 @@ from .build import build, linear
 FACTORS = {"group_size": 32, "bits": 8}
 GROUP = 64  # of a rest
 # A rest of more than this share of the base's weight, by their norms, is kept.
-LARGE = 0.3
+LARGE = 0.1
+# Rows of the factors beside a rest, which tells the rest anyway.
+FEW = 8
 _ENDS = ("weight", "scales", "biases")
 _PART = re.compile(r"\.(a|b|rest)\.(weight|scales|biases)$")
 # Singular values below this share of the first are noise of float32.
@@ -52,18 +54,25 @@ def pack(weights: dict[str, mx.array], base: Base, rank: int, bits: int) -> dict
             if _same(w, was):
                 continue
             change = w.astype(mx.float32) - was
-            for part, factor in _factors(change, rank).items():
-                packed |= _packed(f"{path}.{part}", factor, FACTORS)
-            # What is then left, as it will be read.
-            a, b = (_read(packed, f"{path}.{part}", FACTORS) for part in ("a", "b"))
-            left = change - b.T @ a
+            factors, left = _told(path, change, rank)
             if mx.linalg.norm(left).item() > LARGE * mx.linalg.norm(was).item():
+                factors, left = _told(path, change, min(rank, FEW))
                 packed |= _packed(f"{path}.rest", left, {"group_size": GROUP, "bits": bits})
+            packed |= factors
         elif "summary" in name:
             packed[name] = _half(w)
         elif not _same(w, _of_base(base, name)):
             raise CheckpointError(f"{name}: found another one than the base's, which is not packed")
     return packed
+
+
+def _told(path: str, change: mx.array, rank: int) -> tuple[dict[str, mx.array], mx.array]:
+    """The packed factors of a change, and what they, as they will be read, leave of it."""
+    packed: dict[str, mx.array] = {}
+    for part, factor in _factors(change, rank).items():
+        packed |= _packed(f"{path}.{part}", factor, FACTORS)
+    a, b = (_read(packed, f"{path}.{part}", FACTORS) for part in ("a", "b"))
+    return packed, change - b.T @ a
 
 
 def _packed(name: str, w: mx.array, how: dict[str, int]) -> dict[str, mx.array]:
@@ -84,9 +93,10 @@ def _of_base(base: Base, name: str) -> mx.array:
 
 
 def _same(a: mx.array, b: mx.array) -> bool:
-    """Whether they are the same but for the rounding of 16 bits."""
+    """Whether they are the same but for the rounding of 16 bits: by their norms, as LoRA's changes
+    are small everywhere."""
     a, b = a.astype(mx.float32), b.astype(mx.float32)
-    return bool((mx.abs(a - b).max() <= 4e-3 * mx.abs(b).max()).item())
+    return bool((mx.linalg.norm(a - b) <= 2e-3 * mx.linalg.norm(b)).item())
 
 
 def _half(x: mx.array) -> mx.array:
