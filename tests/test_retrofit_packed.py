@@ -13,6 +13,7 @@ from ksa_mlx.retrofit.base import open_base
 from ksa_mlx.retrofit.packed import save_packed, unpack
 from ksa_mlx.retrofit.prefix import choose_prefix
 from ksa_mlx.retrofit.write import write
+from ksa_mlx.weights import EMBED
 
 from ._bases import Q4_1, Q8_0, base_folder, gguf
 from ._models import worst
@@ -82,6 +83,11 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight: found another one"):
         save_packed(tmp_path / "a.safetensors", weights, base, said(base), 4, 8)
     assert not (tmp_path / "a.safetensors").exists()
+    weights = weights_of(trained(base), base, tmp_path / "another")
+    one = mx.arange(weights[EMBED].size).reshape(weights[EMBED].shape) == 0
+    weights[EMBED] = mx.where(one, weights[EMBED] + 1e-2, weights[EMBED])
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight: found another one"):
+        save_packed(tmp_path / "a.safetensors", weights, base, said(base), 4, 8)
     for content in (b"", b"x" * 99):
         (tmp_path / "a").write_bytes(content)
         with pytest.raises(CheckpointError, match="not a packed retrofit of this base"):
