@@ -316,6 +316,12 @@ def test_refused(folder, tmp_path, capsys, monkeypatch):
         (["--plot", "figure.gif"], "--plot: found figure.gif, expected a file name in .png"),
         (["--json", "no/where.json"], "--json: no/where.json: no folder"),
         (["--results", "no/where.jsonl"], "--results: no/where.jsonl: no folder"),
+        (["--json", "recall.jsonl"], "--results: found recall.jsonl, which is the file of --json"),
+        (["--data", "a/book.txt", "b/book.txt"], "--data: a/book.txt: found a second 'book.txt'"),
+        (["--data", "all"], "--data: all: found a second 'all'"),
+        (["--kinds", "--data", "binary", "--questions", 40, "--seed", 4], "--seed: needs --kinds"),
+        (["--kinds", "--data", "binary", "--questions", 40, "--chat"], "--chat: needs --kinds"),
+        (["--kinds", "common", "--filler", "binary"], "--filler: needs --kinds other than common"),
         (["--seed", -1], "--seed: found -1, expected at least 0"),
     ):
         base = ["--model", folder.ksa, "--kinds", "digits", "--lengths", "200", "--questions", "8"]

@@ -177,6 +177,11 @@ REFUSED = {
     "e.jsonl": (b'{"prompt": "", "completion": null}', r"e\.jsonl:1: completion: found null"),
     "f.jsonl": (b'{"messages": "hi"}', r"f\.jsonl:1: messages: found a string, expected a list"),
     "g.jsonl": (b'{"messages": [{"content": "a"}]}', r"g\.jsonl:1: messages: found an object, ex"),
+    "i.jsonl": (rb'{"text": "a \ud83d b"}', r"i\.jsonl:1: text: found \\ud83d, half a surrogate"),
+    "j.jsonl": (
+        rb'{"messages": [{"role": "user", "content": "\udc00"}]}',
+        r"j\.jsonl:1: messages: found \\u",
+    ),
     "h.jsonl": (b'{"messages": [{"role": "user"}]}', r"h\.jsonl:1: the chat template fails: "),
 }
 

@@ -9,6 +9,7 @@ STUDENT is the folder that a retrofit wrote, in float32; its base is the install
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
@@ -38,6 +39,9 @@ def loss(model, texts: list[list[int]]) -> float:
 
 def read_texts(files: list[Path], base: Base, prefix: list[int], length: int) -> list[list[int]]:
     spelled = [base.tokenizer.encode(f.read_text(), add_special_tokens=False) for f in files]
+    for file, ids in zip(files, spelled, strict=True):
+        if len(prefix) + len(ids) <= SKIPPED + 1:
+            sys.exit(f"error: {file}: found {len(ids)} tokens, expected more than {SKIPPED + 1}")
     return [[*prefix, *ids][:length] for ids in spelled]
 
 
@@ -51,6 +55,10 @@ def main():
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--out", type=Path, help="keep the file; with one rank and bits")
     args = parser.parse_args()
+    if args.out and len(args.ranks) * len(args.bits) > 1:
+        parser.error(f"--out: found --ranks {args.ranks}, --bits {args.bits}, expected one of each")
+    if args.length <= SKIPPED + 1:
+        parser.error(f"--length: found {args.length}, expected more than {SKIPPED + 1}")
     base = open_base(args.base or wheels_model(), dtype=mx.float32)
     config = read_json(args.student / "config.json")
     model, checkpoint = ksa_mlx.load_model(args.student)[0], open_checkpoint(args.student)

@@ -42,6 +42,7 @@ class Style:
     numbers: float = 0.3  # the shares of the kinds of values
     labels: float = 0.1
     free: float = 0.4
+    joined: float = 0.0  # of the words among free values, how many are made of two words
     filler: float = 0.15
     shared: float = 0.5
     plain: float = 0.5  # how many facts have the short standard wording
@@ -133,7 +134,7 @@ class Writer:
     """Draws facts and puts them, and the questions about them, into words."""
 
     def __init__(self, rng: random.Random, style: Style):
-        self.rng, self.style, self.draw = rng, style, Draw(rng, style.held_out)
+        self.rng, self.style, self.draw = rng, style, Draw(rng, style.held_out, style.joined)
 
     def name(self) -> str:
         rng, draw = self.rng, self.draw

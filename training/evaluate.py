@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +20,7 @@ from ksa_mlx.cache.place import Place
 
 from .data import ABSENT, HELD_OUT_POLITE, TALK, Fact, Style
 from .documents import ASSISTANT, END, SYSTEM, USER, Composer, Document
+from .words import ORDINARY
 
 # Values that training never shows; colours, cities and the like come from lists that it does show.
 HELD_OUT_KINDS = ("number", "label", "time", "free")
@@ -228,8 +229,9 @@ def updated(tokenizer, rng):
         yield doc.ids, turn(writer.question(f)), f"{f.value}.", f.kind
 
 
-def told(style: Style, notes: int):
-    """A note told in a chat and asked at once; before it, ``notes`` tokens of other notes."""
+def told(style: Style, notes: int, those: Sequence[str] = ()):
+    """A note told in a chat and asked at once; before it, ``notes`` tokens of other notes. Values
+    are drawn from ``those``, if given."""
 
     def figure(tokenizer, rng):
         composer = Composer(tokenizer, rng, style)
@@ -238,6 +240,8 @@ def told(style: Style, notes: int):
         for fact in composer.writer.facts(3):
             if any(fact.is_asked_of(f) or f.is_asked_of(fact) for f in facts):
                 continue
+            if those:
+                fact = replace(fact, value=rng.choice(those), kind="free")
             facts.append(fact)
             composer.add_note(doc, fact, {}, f"{USER} ")
             composer.add(doc, ASSISTANT)
@@ -291,6 +295,7 @@ FIGURES = {
     "polite and indirect": about_notes(replace(KNOWN, polite=1.0)),
     "  phrasings never trained": about_notes(replace(KNOWN, polite=1.0), forms=HELD_OUT_POLITE),
     "free values": about_notes(FREE),
+    "words in no list": told(MIXED, 0, ORDINARY),
     "told in chat, asked": told(MIXED, 0),
     "  after 512 tokens of notes": told(MIXED, 512),
     "follow-ups": follow_ups,

@@ -4,10 +4,13 @@ template."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from ksa_mlx.errors import CheckpointError
 
 from .documents import END, SPECIAL
 from .model import NotebookConfig, NotebookModel
@@ -118,6 +121,7 @@ def export(model: NotebookModel, tokenizer_file: Path, folder: Path) -> None:
         "do_sample": False,
         "max_new_tokens": 48,
     }
+    # tokenizer_config.json is last: where it is, all are.
     for name, content in (
         ("config.json", hub_config(model.config, end_id)),
         ("generation_config.json", generation),
@@ -131,9 +135,9 @@ def read(folder: Path) -> NotebookModel:
     j = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     windows = j["summary_sliding_chunk_num"]
     layers = j["num_hidden_layers"]
-    window = int(windows.split("]")[0].strip("[")) if isinstance(windows, str) else int(windows)
-    if windows not in (window, f"[{window}]*{layers}"):
-        raise ValueError(
+    found = re.fullmatch(rf"\[(\d+)\]\*{layers}", str(windows))
+    if found is None:
+        raise CheckpointError(
             f"{folder}/config.json: summary_sliding_chunk_num: found {windows!r}, "
             f"expected '[W]*{layers}'"
         )
@@ -146,7 +150,7 @@ def read(folder: Path) -> NotebookModel:
         head_dim=j["head_dim"],
         intermediate_size=j["intermediate_size"],
         chunk=j["summary_chunk_size"],
-        window=window,
+        window=int(found[1]),
         rope_theta=float(j["rope_theta"]),
         norm_eps=j["rms_norm_eps"],
     )

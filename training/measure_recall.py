@@ -19,6 +19,9 @@ from pathlib import Path
 import mlx.core as mx
 
 import ksa_mlx
+from ksa_mlx.benchmark import plot as figures_of
+from ksa_mlx.benchmark.results import check_file
+from ksa_mlx.errors import CheckpointError, exit_status
 
 from .documents import ASSISTANT, END, USER
 from .evaluate import FIGURES, answer, measure, recall
@@ -76,26 +79,32 @@ def chat(model, tokenizer) -> None:
         model(mx.array([[*asked, *said, end]]), cache=cache)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="training.measure_recall", description=__doc__.split("\n")[0]
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="training.measure_recall", description=__doc__.split("\n")[0])
+    p.add_argument("folder", type=Path, nargs="?", default=ROOT / "ksa_mlx" / "notebook")
+    p.add_argument("--quick", action="store_true", help="a quarter of the questions")
+    p.add_argument(
+        "--longest",
+        type=int,
+        default=4096,
+        help="longest training text, for --plot (%(default)s)",
     )
-    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "ksa_mlx" / "notebook")
-    parser.add_argument("--quick", action="store_true", help="a quarter of the questions")
-    parser.add_argument(
-        "--longest", type=int, default=1024, help="longest training text, for the plot"
-    )
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--plot", type=Path, help="write the curve to this file (needs matplotlib)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    args = parser.parse_args()
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--plot", type=Path, help="write the curve to this file (needs matplotlib)")
+    p.add_argument("--json", type=Path, help="write the figures to this file")
+    return p
+
+
+def run(args: argparse.Namespace):
+    """Measure and print. Raises KSAError."""
+    for flag in ("json", "plot"):
+        if (path := getattr(args, flag)) is not None:
+            check_file(f"--{flag}", str(path))
+    if args.plot is not None:
+        figures_of.check(str(args.plot))
     file = args.folder / "tokenizer.model"
     if not file.is_file():
-        print(
-            f"measure_recall: {file}: no such file; expected a checkpoint of python -m training",
-            file=sys.stderr,
-        )
-        return 1
+        raise CheckpointError(f"{file}: no such file; expected a checkpoint of python -m training")
     tokenizer = load_tokenizer(file)
     model = ksa_mlx.load(str(args.folder))[0]
     window = model.args.windows[0] * model.args.summary_chunk_size
@@ -136,7 +145,11 @@ def main() -> int:
         args.json.write_text(json.dumps({"rows": rows, "figures": figures}, indent=2) + "\n")
     if args.plot:
         plot(rows, window, args.longest, args.plot)
-    return 0
+
+
+def main() -> int:
+    args = parser().parse_args()
+    return exit_status(lambda: run(args), "stopped; what was measured stands above")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 import mlx.core as mx
 
 import ksa_mlx
+from ksa_mlx.errors import CheckpointError, exit_status
 from ksa_mlx.references.trace import trace_answer
 
 from .data import Writer
@@ -144,18 +145,11 @@ def prose(tokenizer, writer, size):
     return ids[:size]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="training.measure_references", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "ksa_mlx" / "notebook")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the notebooks")
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+def run(args: argparse.Namespace):
+    """Measure and print. Raises KSAError."""
     file = args.folder / "tokenizer.model"
     if not file.is_file():
-        print(f"error: {file}: no such file, expected the notebook's checkpoint", file=sys.stderr)
-        return 1
+        raise CheckpointError(f"{file}: no such file, expected the notebook's checkpoint")
     tokenizer = load_tokenizer(file)
     model = ksa_mlx.load_model(args.folder)[0]
     started, total = time.monotonic(), Figures()
@@ -169,7 +163,17 @@ def main() -> int:
         f"a top reference: {total.tokens / asked:.1f} tokens, "
         f"{total.weight / asked:.0%} of the weight; {time.monotonic() - started:.0f} s"
     )
-    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="training.measure_references", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "ksa_mlx" / "notebook")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the notebooks")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    return exit_status(lambda: run(args), "stopped; what was measured stands above")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ What moves a small KSA model from its window to its summaries, and where it is b
   chunk). It does not wait for the addressing;
 * short documents first, longer ones when the recall passes a threshold;
 * jumps of the positions, so that far distances are seen in short documents, and summaries that
-  count several times, so that the share of all summaries is the one of a longer text.
+  count several times, so that the share of all summaries is the one of a longer text;
+* at the end, as for any long context, a short training on documents four times as long.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ LOSS_WEIGHT = {PLAIN: 0.05, ENDING: 0.05, MARKER: 0.7, REST: 0.7, STOP: 0.5, FIR
 PLAIN_SHARE = 0.08
 ADDRESS_WEIGHT = 0.3
 READING_WEIGHT = 0.2
+# Lengths of the documents that the recall is followed on.
+TESTED = (128, 256, 512, 1024, 2048)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,13 @@ LEVELS = [
     Level(384, 8, replace(LONG_STYLE, filler=0.15), 0.82),
     Level(512, 6, LONG_STYLE, 0.80, margin=8.0, copies=12.0),
     Level(1024, 3, LONG_STYLE, 1.0, margin=8.0, copies=12.0),
+]
+# For a model that has been through LEVELS; it begins at the last.
+LONGER = replace(LEVELS[-1], style=replace(LONG_STYLE, joined=0.4))
+LONGER_LEVELS = [
+    LONGER,
+    replace(LONGER, length=2048, batch=2),
+    replace(LONGER, length=4096, batch=1),
 ]
 
 
@@ -158,7 +168,10 @@ def reading_matrices(config: NotebookConfig) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.randn(config.chunk, width, config.hidden_size) * width**-0.5)
 
 
-def losses(model: NotebookModel, reader, batch, address_layer: int, margin: float, copies: float):
+def losses(
+    model: NotebookModel, reader, batch, address_layer: int, margin: float, copies: float,
+    reading_weight: float = READING_WEIGHT,
+):  # fmt: skip
     """(loss, that of answers, recall of first tokens, share of attention on the right summary, loss
     of reading)."""
     ids, role, source, positions = batch
@@ -197,7 +210,7 @@ def losses(model: NotebookModel, reader, batch, address_layer: int, margin: floa
     address = -(log_share - torch.log(share + margin * (1 - share))).mean()
     first = role == FIRST
     recall = (logits.argmax(-1) == target)[first].float().mean().item()
-    total = loss + ADDRESS_WEIGHT * address + READING_WEIGHT * reading
+    total = loss + ADDRESS_WEIGHT * address + reading_weight * reading
     return total, loss.item(), recall, share.mean().item(), reading.item()
 
 
@@ -236,29 +249,33 @@ def train(
     steps: int,
     lr: float,
     seed: int,
-    config: NotebookConfig,
+    config: NotebookConfig | None = None,
     levels: list[Level] = LEVELS,
+    begin: NotebookModel | None = None,
     bfloat16: bool = False,
     resume: bool = False,
     say=print,
     report_every: int = 50,
     evaluate_every: int = 500,
 ) -> NotebookModel:
-    """Train from random weights, or go on from ``out``/state.pt with ``resume``, and return the
-    model.
+    """Train a model of ``config`` from random weights, or go on from ``out``/state.pt with
+    ``resume``, and return the model. ``begin``: a trained model instead, which begins at the last
+    level; it reads its summaries already, so that the loss of reading is left out.
 
     The state (weights, optimisers, generators, level) is written every few minutes, to a new file
-    that then
-    takes the place of the old one.
+    that then takes the place of the old one.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model = NotebookModel(config)
+    model = NotebookModel(config or NotebookConfig()) if begin is None else begin.train()
+    decay, reading_weight = (0.35, READING_WEIGHT) if begin is None else (0.8, 0.0)
+    config = model.config
     reader = reading_matrices(config)
     opts = optimizers(model, lr, [reader])
     address_layer = config.num_layers - 2
     state_file = out / "state.pt"
-    step = level = since = tokens = 0
+    step = since = tokens = 0
+    level = 0 if begin is None else len(levels) - 1
     recall_average, seconds = 0.0, 0.0
     if resume:
         # weights_only: the file holds tensors and plain values, nothing that runs.
@@ -289,7 +306,7 @@ def train(
         temporary.replace(state_file)
 
     while step < steps:
-        now = learning_rate(step, steps, lr)
+        now = learning_rate(step, steps, lr, decay=decay)
         for o in opts:
             for group in o.param_groups:
                 group["lr"] = now
@@ -302,7 +319,7 @@ def train(
             copies = math.exp(rng.uniform(0, math.log(levels[current].copies)))
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss, answer_loss, recall, share, reading = losses(
-                model, reader, batch, address_layer, levels[current].margin, copies
+                model, reader, batch, address_layer, levels[current].margin, copies, reading_weight
             )
         for o in opts:
             o.zero_grad()
@@ -324,7 +341,7 @@ def train(
             level, since, recall_average = level + 1, 0, 0.8 * recall_average
             say(f"step {step}: now documents of {levels[level].length} tokens")
         if step % evaluate_every == 0:
-            scores = {n: round(quick_recall(model, tokenizer, n), 3) for n in (128, 256, 512, 1024)}
+            scores = {n: round(quick_recall(model, tokenizer, n), 3) for n in TESTED}
             hidden = quick_recall(model, tokenizer, 256, hide_summaries=True)
             say(f"step {step}: held out {scores}, summaries hidden {hidden:.3f}")
         if time.monotonic() - saved > 120:

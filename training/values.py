@@ -27,6 +27,7 @@ def split(words: list[str]) -> dict[bool, list[str]]:
 
 
 NAMES, WORDS = split(words.NAMES), split(words.WORDS)
+ORDINARY = frozenset(words.ORDINARY)
 DIGITS, LOWER, UPPER = string.digits, string.ascii_lowercase, string.ascii_uppercase
 MONTHS = "Jan Feb March April May June July Aug Sept Oct Nov Dec".split()
 DAYS = "Monday Tuesday Friday Sunday Mon Tue Wed Thu Fri Sat Sun today tomorrow noon".split()
@@ -37,10 +38,11 @@ OTHER_SCRIPTS = "дляобранитмесЖαβγλωπ北京東大中あい�
 
 
 class Draw:
-    """Draws values and names; ``held_out`` says from which side."""
+    """Draws values and names; ``held_out`` says from which side. ``joined``: the share of words
+    that are made of two."""
 
-    def __init__(self, rng: random.Random, held_out: bool):
-        self.rng, self.held_out = rng, held_out
+    def __init__(self, rng: random.Random, held_out: bool, joined: float = 0.0):
+        self.rng, self.held_out, self.joined = rng, held_out, joined
 
     def some(self, letters: str, least: int, most: int) -> str:
         return "".join(self.rng.choice(letters) for _ in range(self.rng.randint(least, most)))
@@ -53,14 +55,23 @@ class Draw:
             out += rng.choice("aeiou") + rng.choice(("", "", "", *"lmnrstxbk"))
         return out
 
+    def two_words(self) -> str:
+        """Two words, whole or parts of them: sounds like English, and is in no list."""
+        rng, some = self.rng, WORDS[self.held_out]
+        a, b = rng.choice(some), rng.choice(some)
+        if rng.random() < 0.6:
+            a = a[: rng.randint(1, len(a))]
+        if rng.random() < 0.6:
+            b = b[-rng.randint(2, len(b)) :]
+        return a + b
+
     def unseen(self, draw, share: int = 10) -> str:
         """A drawing of ``draw`` on the right side of the split; up to two characters belong to
         both."""
         while True:
             value = draw()
-            if 1 <= len(value) <= LONGEST and (
-                len(value) <= 2 or is_held_out(value, share) == self.held_out
-            ):
+            right = len(value) <= 2 or is_held_out(value, share) == self.held_out
+            if 1 <= len(value) <= LONGEST and right and value.lower() not in ORDINARY:
                 return value
 
     # Values
@@ -127,7 +138,11 @@ class Draw:
 
     def word_once(self) -> str:
         rng = self.rng
-        word = rng.choice(WORDS[self.held_out]) if rng.random() < 0.6 else self.invented(2)
+        x, listed = rng.random(), 0.6 * (1 - self.joined)
+        if x < listed:
+            word = rng.choice(WORDS[self.held_out])
+        else:
+            word = self.two_words() if x < listed + self.joined else self.invented(2)
         x = rng.random()
         return word.capitalize() if x < 0.2 else word.upper() if x < 0.25 else word
 

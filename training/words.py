@@ -113,3 +113,20 @@ COMMON = (
 
 # Value words for "The password of Maria is …": one of these, or any item or color.
 PASSWORDS = sorted({w for w in COMMON if len(w) >= 5} | set(ITEMS) | set(COLORS))
+
+# Ordinary words of at most 10 letters that training never shows, and the list has not: what a user
+# is likely to write down.
+ORDINARY = (
+    "swordfish butterfly sunflower blueberry waterfall moonlight rainbow starfish pineapple "
+    "strawberry lighthouse snowflake dragonfly goldfish jellyfish keyboard notebook backpack "
+    "firewall sandstorm hurricane peppermint chocolate vanilla espresso penguin octopus "
+    "superman sunshine princess football baseball freedom whatever ninja mustang cupcake "
+    "raspberry watermelon toothbrush bookshelf armchair asparagus bathtub bedroom birthday "
+    "bookcase breakfast candle cathedral cheesecake crocodile cucumber daffodil doorbell "
+    "earthquake eggplant fireplace flamingo flashlight footprint fountain grapefruit "
+    "greenhouse honeymoon horseshoe icecream jukebox ladybird lavender lemonade necklace "
+    "newspaper nightmare overcoat pancake paperclip passport peacock pillow porcupine "
+    "postcard quicksand raincoat rosemary sailboat sandwich scarecrow seahorse skateboard "
+    "spaceship spaghetti submarine teapot telescope toadstool tulip turquoise typewriter "
+    "wallpaper wardrobe windmill woodpecker yesterday zeppelin"
+).split()

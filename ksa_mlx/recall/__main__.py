@@ -38,7 +38,12 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda n: n >= 0, "at least 0"),
     "memory_limit": (lambda n: n > 0, "more than 0"),
 }
-NEEDS = {"kv_group_size": "kv_bits", "depths": "needle", "filler": "kinds", "questions": "kinds"}
+NEEDS = {
+    "kv_group_size": "kv_bits", "depths": "needle", "filler": "filled", "questions": "kinds",
+    "chat": "kinds", "seed": "kinds",
+}  # fmt: skip
+# What is said of a need that no flag has by name.
+SAID = {"needle": "--kinds needle", "filled": "--kinds other than common, which has no filler"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,9 +106,10 @@ def checked(p: argparse.ArgumentParser, options: argparse.Namespace) -> argparse
         raise KSAError("--kinds: found none, expected at least one, or --data")
     absent = {k for k in ("kinds", "kv_bits") if not found[k]}
     absent |= {"needle"} if "needle" not in options.kinds else set()
+    absent |= set() if {*options.kinds} - {"common"} else {"filled"}
     for name, other in NEEDS.items():
         if name in given and other in absent:
-            what = "--kinds needle" if other == "needle" else f"--{other.replace('_', '-')}"
+            what = SAID.get(other, f"--{other.replace('_', '-')}")
             raise KSAError(f"--{name.replace('_', '-')}: needs {what}")
     for n in options.lengths:
         if n < 1:
@@ -112,9 +118,19 @@ def checked(p: argparse.ArgumentParser, options: argparse.Namespace) -> argparse
         values = getattr(options, name)
         if twice := [v for v in values if values.count(v) > 1]:
             raise KSAError(f"--{name.replace('_', '-')}: found {twice[0]} twice")
+    for file in options.data:  # by their names they are told apart in what is printed
+        if file.name == "all" or [f.name for f in options.data].count(file.name) > 1:
+            raise KSAError(
+                f"--data: {file}: found a second {file.name!r}, expected names that differ, "
+                "none of them 'all'"
+            )
+    written: dict[Path, str] = {}
     for flag in ("json", "plot", "results"):
         if (path := getattr(options, flag)) is not None:
             check_file(f"--{flag}", str(path))
+            other = written.setdefault(Path(path).resolve(), flag)
+            if other != flag:
+                raise KSAError(f"--{flag}: found {path}, which is the file of --{other}")
     if options.plot is not None:
         figures.check(options.plot)
     return options

@@ -1,6 +1,7 @@
 """A user's texts as token ids: .txt and .md files, and the forms of mlx-lm's jsonl."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from ..errors import DataError, one_line
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 FIELDS = "text, prompt and completion, or messages"
+_HALF = re.compile("[\ud800-\udfff]")
 AT_ONCE = 64  # texts given to the tokenizer in one call
 
 
@@ -75,11 +77,20 @@ def _record(where: str, line: str) -> Record:
         raise DataError(f"{where}: found {fields[:80]}, expected {FIELDS}")
     if not pair and "messages" in found:
         _check_messages(where, found["messages"])
+        _check_unicode(where, "messages", found["messages"])
         return Record(where, found)
     for name in ("prompt", "completion") if pair else ("text",):
         if not isinstance(found[name], str):
             raise DataError(f"{where}: {name}: found {_kind(found[name])}, expected a string")
+        _check_unicode(where, name, found[name])
     return Record(where, found if pair else found["text"])
+
+
+def _check_unicode(where: str, name: str, value: Any):
+    """JSON can spell half a surrogate pair, which is no text, and which no tokenizer takes."""
+    if half := _HALF.search(json.dumps(value, ensure_ascii=False)):
+        found = f"\\u{ord(half[0]):04x}, half a surrogate pair"
+        raise DataError(f"{where}: {name}: found {found}, expected text")
 
 
 def _check_messages(where: str, messages: Any):

@@ -15,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
     """Of `python -m ksa_mlx retrofit`."""
     p = argparse.ArgumentParser(
         prog="python -m ksa_mlx retrofit",
-        description="Make a KSA model of a pretrained Qwen3, Qwen2 or Llama.",
+        description="Make a KSA model of a pretrained Qwen3, Qwen2, Llama or Mistral.",
     )
     own = Settings()
     p.add_argument("--model", required=True, help="the base: a Hub id, a folder or a GGUF file")
