@@ -12,10 +12,7 @@ OURS = {
     "generate": ("ksa_mlx.generate", "answer a prompt, or chat in the terminal"),
     "convert": ("ksa_mlx.convert", "convert a checkpoint to MLX, quantise or dequantise it"),
     "benchmark": ("ksa_mlx.benchmark.__main__", "measure speed and memory against full attention"),
-    "retrofit": (
-        "ksa_mlx.retrofit.__main__",
-        "make a KSA model of a Qwen, a Llama or a Mistral",
-    ),
+    "retrofit": ("ksa_mlx.retrofit.__main__", "make a KSA model of a Qwen, a Llama or a Mistral"),
     "recall": ("ksa_mlx.recall.__main__", "measure what compression costs: recall and losses"),
     "report": ("ksa_mlx.report.__main__", "measure this machine, in one text to paste"),
 }

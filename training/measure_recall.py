@@ -21,7 +21,7 @@ import mlx.core as mx
 import ksa_mlx
 from ksa_mlx.benchmark import plot as figures_of
 from ksa_mlx.benchmark.results import check_file
-from ksa_mlx.errors import CheckpointError, exit_status
+from ksa_mlx.errors import exit_status
 
 from .documents import ASSISTANT, END, USER
 from .evaluate import FIGURES, answer, measure, recall
@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--longest",
         type=int,
-        default=4096,
+        default=1024,
         help="longest training text, for --plot (%(default)s)",
     )
     p.add_argument("--seed", type=int, default=1)
@@ -102,10 +102,7 @@ def run(args: argparse.Namespace):
             check_file(f"--{flag}", str(path))
     if args.plot is not None:
         figures_of.check(str(args.plot))
-    file = args.folder / "tokenizer.model"
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; expected a checkpoint of python -m training")
-    tokenizer = load_tokenizer(file)
+    tokenizer = load_tokenizer(args.folder / "tokenizer.model")
     model = ksa_mlx.load(str(args.folder))[0]
     window = model.args.windows[0] * model.args.summary_chunk_size
     share = 4 if args.quick else 1

@@ -20,7 +20,7 @@ from pathlib import Path
 import mlx.core as mx
 
 import ksa_mlx
-from ksa_mlx.errors import CheckpointError, exit_status
+from ksa_mlx.errors import exit_status
 from ksa_mlx.references.trace import trace_answer
 
 from .data import Writer
@@ -147,10 +147,7 @@ def prose(tokenizer, writer, size):
 
 def run(args: argparse.Namespace):
     """Measure and print. Raises KSAError."""
-    file = args.folder / "tokenizer.model"
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file, expected the notebook's checkpoint")
-    tokenizer = load_tokenizer(file)
+    tokenizer = load_tokenizer(args.folder / "tokenizer.model")
     model = ksa_mlx.load_model(args.folder)[0]
     started, total = time.monotonic(), Figures()
     notebooks = 2 if args.quick else 10

@@ -17,6 +17,8 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from ksa_mlx.errors import CheckpointError
+
 from . import words
 from .data import Style, Writer
 from .documents import SPECIAL
@@ -102,4 +104,7 @@ def with_words(trained: bytes, lines: list[str], vocab_size: int) -> bytes:
 
 
 def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """Raises CheckpointError where there is none."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; expected a checkpoint of python -m training")
     return sentencepiece.SentencePieceProcessor(model_file=str(path))

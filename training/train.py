@@ -170,7 +170,7 @@ def reading_matrices(config: NotebookConfig) -> torch.nn.Parameter:
 
 def losses(
     model: NotebookModel, reader, batch, address_layer: int, margin: float, copies: float,
-    reading_weight: float = READING_WEIGHT,
+    reading_weight: float,
 ):  # fmt: skip
     """(loss, that of answers, recall of first tokens, share of attention on the right summary, loss
     of reading)."""

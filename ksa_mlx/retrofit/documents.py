@@ -1,7 +1,6 @@
 """A user's texts as token ids: .txt and .md files, and the forms of mlx-lm's jsonl."""
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,6 @@ from ..errors import DataError, one_line
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 FIELDS = "text, prompt and completion, or messages"
-_HALF = re.compile("[\ud800-\udfff]")
 AT_ONCE = 64  # texts given to the tokenizer in one call
 
 
@@ -88,9 +86,11 @@ def _record(where: str, line: str) -> Record:
 
 def _check_unicode(where: str, name: str, value: Any):
     """JSON can spell half a surrogate pair, which is no text, and which no tokenizer takes."""
-    if half := _HALF.search(json.dumps(value, ensure_ascii=False)):
-        found = f"\\u{ord(half[0]):04x}, half a surrogate pair"
-        raise DataError(f"{where}: {name}: found {found}, expected text")
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as e:
+        found = f"\\u{ord(e.object[e.start]):04x}, half a surrogate pair"
+        raise DataError(f"{where}: {name}: found {found}, expected text") from None
 
 
 def _check_messages(where: str, messages: Any):
