@@ -168,6 +168,7 @@ def test_turns_and_ratios(monkeypatch):
         ("--json {}", "--json: found '{}', which is a folder, expected a file's path"),
         ("--json {}/none/r.json", "--json: {}/none/r.json: no folder {}/none"),
         ("--plot {}/r.jpg", "--plot: found {}/r.jpg, expected a file name in .png, .pdf, .svg"),
+        ("--json {}/r.svg --plot {}/r.svg", "--plot: found {}/r.svg, which is the file of --json"),
         ("--plot {}/r.png --kernels", "--plot: expected --contexts, without --kernels"),
         ("--kernels", "--kernels: no Metal device here; expected a Mac. In a clone with clang"),
     ],

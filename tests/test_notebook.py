@@ -88,11 +88,21 @@ def test_free_values_are_of_any_kind():
         assert sum(map(kind, free)) > 20
 
 
-def test_words_of_two_words_are_in_no_list():
-    for joined, low, high in ((0.0, 0.5, 0.7), (1.0, 0.0, 0.1)):
-        draw = values.Draw(random.Random(4), held_out=False, joined=joined)
-        listed = [draw.word_once().lower() in values.WORDS[False] for _ in range(2000)]
-        assert low < sum(listed) / 2000 < high
+def test_words_of_pieces_show_every_piece_of_a_word(tokenizer):
+    """Without them many are in no value of thousands, and such words are not copied."""
+    pieces = docs.pieces_of(tokenizer)
+    assert len(pieces.letters) == 26 and min(map(len, pieces.heads)) == 2
+    words = {}
+    for share in (0.0, 1.0):
+        draw = values.Draw(random.Random(4), held_out=False, pieced=share, pieces=pieces)
+        words[share] = [draw.word() for _ in range(4000)]
+    assert max(map(len, words[1.0])) == values.LONGEST
+    missing = {
+        share: sum(p not in shown for p in pieces.tails) / len(pieces.tails)
+        for share, some in words.items()
+        for shown in [{tokenizer.id_to_piece(i) for w in some for i in tokenizer.encode(f" {w}")}]
+    }
+    assert missing[1.0] < 0.02 < 0.2 < missing[0.0]
 
 
 def test_what_is_not_there_is_no_question_for_what_is():
@@ -116,8 +126,11 @@ def test_answers_are_the_newest_values(tokenizer):
 
 
 def test_a_name_in_lower_case_differs_in_one_token(tmp_path):
-    tokenizer = train_tokenizer(tmp_path / "tokenizer.model", 1280)
+    file = tmp_path / "tokenizer.model"
+    tokenizer = train_tokenizer(file, 1280)
     assert tokenizer.vocab_size() == 1280
+    # The same bytes each time: no name of a folder is left in it.
+    assert b"corpus.txt" not in file.read_bytes()
     alike = 0
     for name in values.NAMES[True]:
         upper, lower = (tokenizer.encode(f" {n}") for n in (name, name.lower()))

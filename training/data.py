@@ -10,7 +10,7 @@ import string
 from dataclasses import dataclass
 
 from . import words
-from .values import WORDS, Draw
+from .values import WORDS, Draw, Pieces
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Style:
     numbers: float = 0.3  # the shares of the kinds of values
     labels: float = 0.1
     free: float = 0.4
-    joined: float = 0.0  # of the words among free values, how many are made of two words
+    words: float = 6  # the weight of words among free values, where the others have 15
+    pieced: float = 0.0  # of these words, the share made of pieces of the tokenizer
     filler: float = 0.15
     shared: float = 0.5
     plain: float = 0.5  # how many facts have the short standard wording
@@ -133,8 +134,9 @@ OFF = (
 class Writer:
     """Draws facts and puts them, and the questions about them, into words."""
 
-    def __init__(self, rng: random.Random, style: Style):
-        self.rng, self.style, self.draw = rng, style, Draw(rng, style.held_out, style.joined)
+    def __init__(self, rng: random.Random, style: Style, pieces: Pieces | None = None):
+        self.rng, self.style = rng, style
+        self.draw = Draw(rng, style.held_out, style.words, style.pieced, pieces)
 
     def name(self) -> str:
         rng, draw = self.rng, self.draw

@@ -6,8 +6,10 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, field
+from functools import cache
 
 from .data import ABSENT, Fact, Style, Writer
+from .values import SPACE, Pieces
 
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL = [SYSTEM, USER, ASSISTANT, END, "\n"]
@@ -33,12 +35,18 @@ class Document:
     starts: list[int] = field(default_factory=list)
 
 
+@cache
+def pieces_of(tokenizer) -> Pieces:
+    return Pieces.of(map(tokenizer.id_to_piece, range(tokenizer.get_piece_size())))
+
+
 class Composer:
     """Turns facts into documents of tokens."""
 
     def __init__(self, tokenizer, rng: random.Random, style: Style):
-        self.tokenizer, self.rng, self.writer = tokenizer, rng, Writer(rng, style)
-        self.space = tokenizer.piece_to_id("\u2581")
+        self.tokenizer, self.rng = tokenizer, rng
+        self.writer = Writer(rng, style, pieces_of(tokenizer))
+        self.space = tokenizer.piece_to_id(SPACE)
 
     def add(self, doc: Document, text: str, role: int = PLAIN) -> None:
         ids = self.tokenizer.encode(text)

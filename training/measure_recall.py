@@ -20,7 +20,7 @@ import mlx.core as mx
 
 import ksa_mlx
 from ksa_mlx.benchmark import plot as figures_of
-from ksa_mlx.benchmark.results import check_file
+from ksa_mlx.benchmark.results import check_files
 from ksa_mlx.errors import exit_status
 
 from .documents import ASSISTANT, END, USER
@@ -56,8 +56,9 @@ def plot(rows: list[dict], window: int, longest: int, path: Path) -> None:
     )
     axes.axvline(longest, color="#888888", linewidth=1, linestyle=":")
     axes.text(
-        longest * 1.05, 0.3, f"longest training\ntext ({longest:,})", fontsize=8, color="#555555"
-    )
+        longest / 1.05, 0.3, f"longest training\ntext ({longest:,})", fontsize=8, color="#555555",
+        ha="right",
+    )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(x, [f"{d:,}" for d in x])
     axes.set_ylim(-0.02, 1.02)
@@ -86,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--longest",
         type=int,
-        default=1024,
+        default=4096,
         help="longest training text, for --plot (%(default)s)",
     )
     p.add_argument("--seed", type=int, default=1)
@@ -97,9 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace):
     """Measure and print. Raises KSAError."""
-    for flag in ("json", "plot"):
-        if (path := getattr(args, flag)) is not None:
-            check_file(f"--{flag}", str(path))
+    check_files(json=args.json, plot=args.plot)
     if args.plot is not None:
         figures_of.check(str(args.plot))
     tokenizer = load_tokenizer(args.folder / "tokenizer.model")

@@ -100,6 +100,9 @@ def with_words(trained: bytes, lines: list[str], vocab_size: int) -> bytes:
     for rank, piece in enumerate(order):
         proto.pieces.add(piece=piece, score=-float(rank), type=normal)
     proto.trainer_spec.vocab_size = len(proto.pieces)
+    # A temporary folder's name, another each time.
+    proto.trainer_spec.ClearField("input")
+    proto.trainer_spec.ClearField("model_prefix")
     return proto.SerializeToString(deterministic=True)
 
 

@@ -68,25 +68,30 @@ class Level:
     copies: float = 1.0
 
 
+PIECED = 0.75  # of the words among free values
 FIRST_STYLE = Style(
     things=0.1, filler=0.03, shared=0.3, plain=0.8, polite=0.1, lower=0.1, follow=0.1, absent=0.05,
     updates=0.02, talk=0.03,
 )  # fmt: skip
-LONG_STYLE = Style(filler=0.2, free=0.5, numbers=0.25, updates=0.1, lower=0.3, follow=0.4)
+LONG_STYLE = Style(
+    filler=0.2, free=0.5, pieced=PIECED, numbers=0.25, updates=0.1, lower=0.3, follow=0.4
+)
+WORDS_STYLE = replace(LONG_STYLE, free=0.65, numbers=0.15, words=15)
 LEVELS = [
     Level(128, 24, FIRST_STYLE, 0.75),
     Level(192, 16, Style(filler=0.06, shared=0.4, plain=0.6, absent=0.08), 0.80),
-    Level(256, 12, Style(filler=0.1), 0.80),
+    Level(256, 12, Style(filler=0.1, pieced=PIECED / 2), 0.80),
     Level(384, 8, replace(LONG_STYLE, filler=0.15), 0.82),
     Level(512, 6, LONG_STYLE, 0.80, margin=8.0, copies=12.0),
-    Level(1024, 3, LONG_STYLE, 1.0, margin=8.0, copies=12.0),
+    Level(1024, 3, LONG_STYLE, 0.91, margin=8.0, copies=12.0),
+    # The pieces of rare words take longest: half of the free values are words now.
+    Level(1024, 3, WORDS_STYLE, 1.0, margin=8.0, copies=12.0),
 ]
 # For a model that has been through LEVELS; it begins at the last.
-LONGER = replace(LEVELS[-1], style=replace(LONG_STYLE, joined=0.4))
 LONGER_LEVELS = [
-    LONGER,
-    replace(LONGER, length=2048, batch=2),
-    replace(LONGER, length=4096, batch=1),
+    LEVELS[-1],
+    replace(LEVELS[-1], length=2048, batch=2),
+    replace(LEVELS[-1], length=4096, batch=1),
 ]
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import random
 import string
 import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from . import words
 
 LONGEST = 10  # characters of a value
+SPACE = "\u2581"  # in a piece of SentencePiece
 
 
 def is_held_out(text: str, share: int) -> bool:
@@ -37,12 +40,42 @@ SYMBOLS = "#@+*/&_=!?$"
 OTHER_SCRIPTS = "дляобранитмесЖαβγλωπ北京東大中あいうकनर"
 
 
-class Draw:
-    """Draws values and names; ``held_out`` says from which side. ``joined``: the share of words
-    that are made of two."""
+@dataclass(frozen=True)
+class Pieces:
+    """Of a tokenizer's pieces, those of lower-case words: at the beginning of a word (one letter,
+    then longer ones) and within it."""
 
-    def __init__(self, rng: random.Random, held_out: bool, joined: float = 0.0):
-        self.rng, self.held_out, self.joined = rng, held_out, joined
+    letters: tuple[str, ...]
+    heads: tuple[str, ...]
+    tails: tuple[str, ...]
+
+    @classmethod
+    def of(cls, vocabulary: Iterable[str]) -> Pieces:
+        """``vocabulary``: pieces of SentencePiece, a space as U+2581."""
+        made = [p for p in vocabulary if all(c in LOWER for c in p.lstrip(SPACE))]
+        heads = [p[1:] for p in made if p.startswith(SPACE)]
+        return cls(
+            tuple(h for h in heads if len(h) == 1),
+            tuple(h for h in heads if len(h) > 1),
+            tuple(p for p in made if p and not p.startswith(SPACE)),
+        )
+
+
+class Draw:
+    """Draws values and names; ``held_out`` says from which side. ``words``: the weight of words
+    among free values, where the others have 15. ``pieced``: the share of words that are made of
+    ``pieces``."""
+
+    def __init__(
+        self,
+        rng: random.Random,
+        held_out: bool,
+        words: float = 6,
+        pieced: float = 0.0,
+        pieces: Pieces | None = None,
+    ):
+        self.rng, self.held_out = rng, held_out
+        self.words, self.pieced, self.pieces = words, pieced, pieces
 
     def some(self, letters: str, least: int, most: int) -> str:
         return "".join(self.rng.choice(letters) for _ in range(self.rng.randint(least, most)))
@@ -55,15 +88,16 @@ class Draw:
             out += rng.choice("aeiou") + rng.choice(("", "", "", *"lmnrstxbk"))
         return out
 
-    def two_words(self) -> str:
-        """Two words, whole or parts of them: sounds like English, and is in no list."""
-        rng, some = self.rng, WORDS[self.held_out]
-        a, b = rng.choice(some), rng.choice(some)
-        if rng.random() < 0.6:
-            a = a[: rng.randint(1, len(a))]
-        if rng.random() < 0.6:
-            b = b[-rng.randint(2, len(b)) :]
-        return a + b
+    def pieces_of_words(self) -> str:
+        """Any pieces in a row, each as likely as another: a word can be copied only if all its
+        pieces, and one after the other, are nothing unheard of in a value."""
+        rng, pieces = self.rng, self.pieces
+        word = rng.choice(pieces.letters if rng.random() < 0.4 else pieces.heads)
+        for _ in range(rng.choices((0, 1, 2, 3, 4), (1, 4, 5, 4, 2))[0]):
+            tail = rng.choice(pieces.tails)
+            if len(word + tail) <= LONGEST:
+                word += tail
+        return word
 
     def unseen(self, draw, share: int = 10) -> str:
         """A drawing of ``draw`` on the right side of the split; up to two characters belong to
@@ -138,11 +172,11 @@ class Draw:
 
     def word_once(self) -> str:
         rng = self.rng
-        x, listed = rng.random(), 0.6 * (1 - self.joined)
+        x, listed = rng.random(), 0.6 * (1 - self.pieced)
         if x < listed:
             word = rng.choice(WORDS[self.held_out])
         else:
-            word = self.two_words() if x < listed + self.joined else self.invented(2)
+            word = self.pieces_of_words() if x < listed + self.pieced else self.invented(2)
         x = rng.random()
         return word.capitalize() if x < 0.2 else word.upper() if x < 0.25 else word
 
@@ -179,7 +213,7 @@ class Draw:
     def free(self) -> str:
         """A value of 1 to 10 characters of any kind."""
         kinds = (self.digits, self.date, self.code, self.word, self.amount, self.time)
-        return self.rng.choices(kinds, (3, 3, 6, 6, 2, 1))[0]()
+        return self.rng.choices(kinds, (3, 3, 6, self.words, 2, 1))[0]()
 
     # Names
 

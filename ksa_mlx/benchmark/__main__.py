@@ -22,7 +22,7 @@ from ..errors import KSAError, exit_status
 from ..model import ModelArgs
 from . import building, kernels, kv, plot, speed
 from .models import SHAPES, build, held_bytes, ksa_args
-from .results import Results, check_file
+from .results import Results, check_files
 from .timing import Table, bar, size
 
 HELD = (1024, 16384, 65536, 131072)  # tokens
@@ -74,12 +74,10 @@ def check(options: argparse.Namespace, args: ModelArgs, instrument: Any):
     for flag, least in (("steps", 1), ("turns", 1), ("building", 0)):
         if getattr(options, flag) < least:
             raise KSAError(f"--{flag}: found {getattr(options, flag)}, expected at least {least}")
-    if options.json is not None:
-        check_file("--json", options.json)
+    check_files(json=options.json, plot=options.plot)
     if options.kv_value_bits is not None and not options.kv_bits:
         raise KSAError("--kv-value-bits: needs --kv-bits")
     if options.plot is not None:
-        check_file("--plot", options.plot)
         plot.check(options.plot)
         if options.kernels or options.kv_bits or not options.contexts:
             raise KSAError("--plot: expected --contexts, without --kernels and --kv-bits")

@@ -20,6 +20,17 @@ def check_file(flag: str, path: str):
         raise KSAError(f"{flag}: {path}: no permission to write it")
 
 
+def check_files(**files: str | Path | None):
+    """The same for all files that a command writes, by flag; no two may be one."""
+    written: dict[Path, str] = {}
+    for flag, path in files.items():
+        if path is not None:
+            check_file(f"--{flag}", str(path))
+            other = written.setdefault(Path(path).resolve(), flag)
+            if other != flag:
+                raise KSAError(f"--{flag}: found {path}, which is the file of --{other}")
+
+
 class Results:
     """What was measured: facts about the run, and lists of rows, one a line of a table.
 

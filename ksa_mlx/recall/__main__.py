@@ -19,7 +19,7 @@ import transformers
 from tqdm import tqdm
 
 from ..benchmark import plot as figures
-from ..benchmark.results import check_file
+from ..benchmark.results import check_files
 from ..errors import KSAError, exit_status
 from ..files import replaced
 from ..stock.flags import add_memory, check
@@ -124,13 +124,7 @@ def checked(p: argparse.ArgumentParser, options: argparse.Namespace) -> argparse
                 f"--data: {file}: found a second {file.name!r}, expected names that differ, "
                 "none of them 'all'"
             )
-    written: dict[Path, str] = {}
-    for flag in ("json", "plot", "results"):
-        if (path := getattr(options, flag)) is not None:
-            check_file(f"--{flag}", str(path))
-            other = written.setdefault(Path(path).resolve(), flag)
-            if other != flag:
-                raise KSAError(f"--{flag}: found {path}, which is the file of --{other}")
+    check_files(json=options.json, plot=options.plot, results=options.results)
     if options.plot is not None:
         figures.check(options.plot)
     return options
