@@ -309,6 +309,18 @@ def test_shipped_weights_recall_through_summaries(shipped, tokenizer):
     assert hidden.recall <= 0.1
 
 
+def test_shipped_weights_copy_ordinary_words(shipped, tokenizer):
+    """Words that training never shows, and the one of the documentation: 0.96 of many."""
+    asked = evaluate.FIGURES["words in no list"]
+    right, _ = evaluate.measure(shipped, tokenizer, asked, 60, seed=5)
+    assert right.recall >= 0.88
+    told = " wifi password is swordfish"
+    ids = tokenizer.encode(f"{docs.USER}{told}{docs.ASSISTANT} Noted.{docs.END}")
+    ids += tokenizer.encode(evaluate.turn("What is the wifi password?"))
+    said = tokenizer.encode(f" swordfish.{docs.END}")
+    assert evaluate.is_answer(shipped, shipped.make_cache(), ids, said)
+
+
 def test_hiding_summaries_is_undone(shipped):
     ids = mx.array([[(7 * i) % 900 + 300 for i in range(200)]])
     before = shipped(ids)
