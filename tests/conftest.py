@@ -34,16 +34,6 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def own_folder(tmp_path_factory):
-    """MLX on a CPU links what it compiles where every process looks for it, so that one of two
-    workers may load half a file: each compiles for itself."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("own")))
-        yield
-
-
 @pytest.fixture(autouse=True)
 def environment():
     """Commands that a test runs in its own process may set variables for the models they load."""

@@ -154,7 +154,7 @@ def test_ctrl_c_while_it_reads_and_while_it_answers(home, folder, tmp_path):
         assert t.record("> /file") == STOPPED_READING
         t.say("/undo")
         t.type("The locker\r")
-        t.until(r"locker\n(?s:.{40})")
+        t.until(r"locker\n(?s:.{400})")  # more than signs of life
         t.type("\x03")
         t.until(r"\[stopped; ", 20)
         t.prompt()
@@ -163,6 +163,32 @@ def test_ctrl_c_while_it_reads_and_while_it_answers(home, folder, tmp_path):
         t.type("/quit\r")
         assert t.end() == 0
         assert not re.search(rb"\x1b\[[\d;]*3[0-8]", t.raw)  # no colour
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux does MLX compile for a CPU here")
+def test_ctrl_c_while_mlx_compiles(home, folder, tmp_path):
+    """It kills MLX's compiler as well; the turn is stopped, and the next one compiles again."""
+
+    def compiling():
+        sources = tmp_path.glob("mlx/*/cpu/*.cpp")
+        return any(not f.with_name(f"lib{f.stem}.so").exists() for f in sources)
+
+    env = {**home, "NO_COLOR": "1", "TMPDIR": str(tmp_path)}
+    sampled = "--ignore-chat-template", "--max-tokens", "200", "--temp", "30", "--top-p", "0.9"
+    with Terminal("--model", str(folder), *sampled, env=env) as t:
+        t.prompt()
+        t.type("The locker\r")
+        t.until(compiling)
+        t.type("\x03")
+        t.until(r"[(\[]stopped")
+        t.prompt()
+        t.type("The badge\r")
+        t.until(r"badge\n(?s:.*)tokens held\]")
+        t.prompt()
+        assert "error" not in t.text
+        t.type("/quit\r")
+        assert t.end() == 0
 
 
 STOPPED_READING = """\

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from ksa_mlx.interrupts import compiler_stops
+
 # A group of its own, so that the test's lives.
 PROGRAM = """
 import os, signal, subprocess, time
@@ -38,3 +40,14 @@ def test_ctrl_c_kills_no_child_and_is_handled_at_once(block, status):
         [sys.executable, "-c", program], capture_output=True, text=True, start_new_session=True
     )
     assert done.stdout.split() == [str(status), "True", "2", "False"], done.stderr
+
+
+def test_a_compiler_that_ctrl_c_killed_is_no_error():
+    gone = "Could not load C++ shared library /tmp/mlx/x.so: no such file"
+    for message, pressed, expected in (
+        (gone, [1], KeyboardInterrupt),
+        (gone, [], RuntimeError),
+        ("out of memory", [1], RuntimeError),
+    ):
+        with pytest.raises(expected), compiler_stops(lambda pressed=pressed: pressed):
+            raise RuntimeError(message)

@@ -54,10 +54,10 @@ def test_stream(client, model):
     assert chunks[-2].choices[0].finish_reason == "stop"
     texts = {0: "", 1: ""}
     for chunk in client.completions.create(
-        model=model, prompt=["The", "Olga"], max_tokens=6, stream=True
+        model=model, prompt=["My", "Olga"], max_tokens=6, stream=True
     ):
         texts[chunk.choices[0].index] += chunk.choices[0].text
-    both = client.completions.create(model=model, prompt=["The", "Olga"], max_tokens=6)
+    both = client.completions.create(model=model, prompt=["My", "Olga"], max_tokens=6)
     assert [c.text for c in both.choices] == [texts[0], texts[1]] and all(texts.values())
 
 
@@ -82,7 +82,7 @@ def test_logprobs(client, model):
     entries = chat(client, model, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert "".join(e.token for e in entries).strip().startswith("6967.")
     assert all(e.top_logprobs[0].token == e.token and len(e.top_logprobs) == 2 for e in entries)
-    found = client.completions.create(model=model, prompt="The", max_tokens=4, logprobs=2)
+    found = client.completions.create(model=model, prompt="My", max_tokens=4, logprobs=2)
     found = found.choices[0].logprobs
     assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == 4
     chunks = list(chat(client, model, logprobs=True, stream=True))

@@ -99,10 +99,10 @@ def test_what_is_served(server, alone):
     expected = [alone(p, 12) for p in prompts for _ in range(2)]
     assert status == 200 and texts(answer) == expected
     assert answer["usage"]["completion_tokens"] == 6 * 12
-    status, answer = post(server, {"prompt": [[5, 6, 7], [9]], "max_tokens": 9})
-    assert texts(answer) == [alone([5, 6, 7], 9), alone([9], 9)]
-    status, answer = post(server, {"prompt": [5, 6, 7], "max_tokens": 9, "seed": 2**64 - 1})
-    assert texts(answer) == [alone([5, 6, 7], 9)]
+    status, answer = post(server, {"prompt": [[7, 8, 9], [9]], "max_tokens": 9})
+    assert texts(answer) == [alone([7, 8, 9], 9), alone([9], 9)]
+    status, answer = post(server, {"prompt": [7, 8, 9], "max_tokens": 9, "seed": 2**64 - 1})
+    assert texts(answer) == [alone([7, 8, 9], 9)]
     model = json.loads(server.get("/v1/models")[1])["data"][0]["id"]
     assert texts(post(server, {"prompt": [9], "max_tokens": 9, "model": model})[1]) == [
         alone([9], 9)
@@ -127,23 +127,23 @@ def test_the_context_is_kept(notebook_models, tmp_path):
 
 
 def test_stop_words(server, alone):
-    text = alone("The", 40)
+    text = alone("My", 40)
     word = text[13:16]
     before = text[: text.index(word)]
     for stop in (word, ["nosuch", word], [word + "nosuch", word]):
-        body = {"prompt": "The", "max_tokens": 40, "stop": stop}
+        body = {"prompt": "My", "max_tokens": 40, "stop": stop}
         answer = post(server, body)[1]
         assert texts(answer) == [before] and answer["choices"][0]["finish_reason"] == "stop"
         assert server.stream(body)["text"] == before
-    body = {"prompt": "The", "max_tokens": 40, "stop": [text[-3:] + "no"]}
+    body = {"prompt": "My", "max_tokens": 40, "stop": [text[-3:] + "no"]}
     assert texts(post(server, body)[1]) == [text]  # held back, and text after all
 
 
 def test_log_probabilities(server, alone):
-    body = {"prompt": "The", "max_tokens": 5}
+    body = {"prompt": "My", "max_tokens": 5}
     choice = post(server, {**body, "logprobs": 3})[1]["choices"][0]
     found = choice["logprobs"]
-    assert choice["text"] == alone("The", 5) and len(found["tokens"]) == 5
+    assert choice["text"] == alone("My", 5) and len(found["tokens"]) == 5
     columns = [found[k] for k in ("tokens", "token_logprobs", "top_logprobs")]
     for token, logprob, top in zip(*columns, strict=True):
         assert len(top) == 3 and max(top.values()) == top[token] == logprob < 0
@@ -168,8 +168,8 @@ def test_a_client_that_leaves_stops_its_generation(server, alone, stream, alone_
     c.close()
     time.sleep(1)
     assert busy(server) < 20
-    answer = post(server, {"prompt": "The", "max_tokens": 5})[1]
-    assert texts(answer) == [alone("The", 5)]
+    answer = post(server, {"prompt": "My", "max_tokens": 5})[1]
+    assert texts(answer) == [alone("My", 5)]
 
 
 def test_clients_that_do_not_finish_their_request(server, alone):
@@ -183,7 +183,7 @@ def test_clients_that_do_not_finish_their_request(server, alone):
     ):
         with socket.create_connection(("127.0.0.1", server.port), 10) as s:
             s.sendall(raw)
-    assert texts(post(server, {"prompt": "The", "max_tokens": 5})[1]) == [alone("The", 5)]
+    assert texts(post(server, {"prompt": "My", "max_tokens": 5})[1]) == [alone("My", 5)]
 
 
 # The generation thread, in this process
@@ -210,7 +210,7 @@ def mlx_lm_flags(*argv):
     return found[0]
 
 
-def submitted(generator, hung_up=lambda: False, prompt=(5, 6, 7), **fields):
+def submitted(generator, hung_up=lambda: False, prompt=(7, 8, 9), **fields):
     args = mlx_lm.server.GenerationArguments(
         model=mlx_lm.server.ModelDescription("default_model", "default_model", None),
         sampling=mlx_lm.server.SamplingArguments(
@@ -247,7 +247,7 @@ def text_of(replies):
 
 def test_a_fault_does_not_end_the_thread(generator, alone, monkeypatch):
     """Wherever it comes from: all requests of that moment fail, and the next one is right."""
-    expected = alone([5, 6, 7], 5)
+    expected = alone([7, 8, 9], 5)
     assert text_of(submitted(generator)) == expected
     for owner, name in (
         (BatchGenerator, "next"),

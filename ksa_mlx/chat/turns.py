@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 from ..errors import SessionError
+from ..interrupts import compiler_stops
 from ..references.page import print_references, write_page
 from ..references.trace import Trace
 from .screen import is_terminal, say, stream_markdown, stream_plain
@@ -59,9 +60,10 @@ def turn(
     with signs_of_life(session, verbose, about) as waiting:
         try:
             pieces = _begun(answer) if strip else iter(answer)
-            for first in pieces:
-                waiting.end()
-                stream(chain([first], pieces))
+            with compiler_stops(lambda: session.stop):
+                for first in pieces:
+                    waiting.end()
+                    stream(chain([first], pieces))
         except KeyboardInterrupt:
             waiting.end()
             say("\n(stopped at once; what was said so far will be read again)")
@@ -114,7 +116,7 @@ def read_ahead(session: Session, verbose: bool = True) -> bool:
 
     Returns False if Ctrl-C stopped it; what was read stays read.
     """
-    with signs_of_life(session, verbose):
+    with signs_of_life(session, verbose), compiler_stops(lambda: session.stop):
         total = session.read_ahead()
     if session.offset < total:
         say(f"(stopped: {session.offset:,} of {total:,} tokens are read, the rest when needed)")

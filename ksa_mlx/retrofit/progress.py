@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 from tqdm import tqdm
 
-from ..interrupts import children_spared
+from ..interrupts import children_spared, compiler_stops
 
 NAMES = {"regression": "stage 1, regression", "distillation": "stage 2, distillation"}
 
@@ -31,7 +31,7 @@ def interruptible() -> Iterator[list[int]]:
     if signal.getsignal(signal.SIGINT) is not None:
         signal.signal(signal.SIGINT, press)
     try:
-        with children_spared():
+        with children_spared(), compiler_stops(lambda: pressed):
             yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
