@@ -184,7 +184,7 @@ def test_ctrl_c_while_mlx_compiles(home, folder, tmp_path):
         t.until(r"[(\[]stopped")
         t.prompt()
         t.type("The badge\r")
-        t.until(r"badge\n(?s:.*)tokens held\]")
+        t.until(r"badge\n(?s:.*) tokens read at ")
         t.prompt()
         assert "error" not in t.text
         t.type("/quit\r")
