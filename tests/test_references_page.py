@@ -23,8 +23,8 @@ def test_printed_references(loaded, asked, tmp_path):
     with open(file, "w", encoding="utf-8") as f:
         print_references(trace, loaded[1], f, top=2)
     lines = file.read_text(encoding="utf-8").splitlines()
-    shown = [line for line in lines if re.match(r"\[\d+%, ", line)]
-    assert len(lines) == 2 * len(shown) in (2, 4) and "\x1b" not in "".join(lines)
+    # Of two references the second has 1 % of the weight: not worth showing.
+    assert len(lines) == 2 and "\x1b" not in "".join(lines)
     top = trace.references(loaded[1], 1)[0]
     assert lines[0].startswith(f"[{top.weight:.0%}, ")
     assert re.sub(r"\s+", " ", f">>{top.text}<<") in lines[1]
